@@ -1,0 +1,294 @@
+"""The composition root: from an intent (`EngineConfig`) to an engine that is ready. Nothing else knows all the parts."""
+
+import os
+import sys
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from tqdm import tqdm
+
+from jaxserve.checkpoints.load import load_parameters
+from jaxserve.config import EngineConfig, ResolvedConfig
+from jaxserve.engine import Engine
+from jaxserve.engine_thread import EngineThread
+from jaxserve.errors import ConfigError
+from jaxserve.execution.buckets import powers_of_two
+from jaxserve.execution.compilation import process_counter
+from jaxserve.execution.memory import CPU_DEFAULT_KV_BYTES, check_fits, free_device_bytes, num_pages_for, page_bytes
+from jaxserve.execution.runner import Runner
+from jaxserve.model_source import ModelSource, find_model
+from jaxserve.models.attention import AttentionContext
+from jaxserve.models.linear import LinearContext
+from jaxserve.models.model import Model, ModelContext
+from jaxserve.models.registry import make_model
+from jaxserve.models.weights import check_complete
+from jaxserve.plan import kv_groups
+from jaxserve.request_factory import RequestFactory
+from jaxserve.scheduling.scheduler import Scheduler
+from jaxserve.tokenization.tokenizer import Tokenizer
+from kernels_pallas.paged_attention.tiling import Tiling, default_tiling
+from sharding.mesh import TensorParallelism, make_mesh
+from sharding.rules import spec_for
+
+
+@dataclass(frozen=True, slots=True)
+class PlatformDefaults:
+    """What is decided where the caller did not; measured choices are in `docs/log.md`."""
+
+    dtype: str
+    page_size: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    bucket_factor: int
+    smallest_token_bucket: int
+
+
+DEFAULTS = {
+    "cpu": PlatformDefaults("float32", 16, 32, 512, 4, 32),
+    "gpu": PlatformDefaults("bfloat16", 64, 256, 8192, 2, 256),
+}
+
+
+@dataclass(slots=True)
+class BuiltEngine:
+    """A ready engine and what its callers need beside it.
+
+    Attributes:
+        startup_s: how long building took [s], by part.
+    """
+
+    client: EngineThread
+    requests: RequestFactory
+    tokenizer: Tokenizer | None
+    config: ResolvedConfig
+    runner: Runner
+    startup_s: dict[str, float]
+
+    def close(self) -> None:
+        """Aborts what runs and ends the engine thread."""
+        self.client.close()
+
+
+def build(config: EngineConfig, *, source: ModelSource | None = None, show_progress: bool = True) -> BuiltEngine:
+    """Returns a ready engine: weights on the devices, every program compiled.
+
+    Args:
+        config: the intent.
+        source: a model that was found already; None looks up config.model.
+        show_progress: a progress line on stderr while programs compile.
+
+    Raises:
+        ConfigError: an intent that does not fit the model or the machine.
+        CheckpointError: a model that is not there, or damaged.
+    """
+    started = time.monotonic()
+    compilations = process_counter()
+    _use_compilation_cache(config.compilation_cache_dir)
+    source = source or find_model(config.model, config.tokenizer, config.revision)
+    platform = _platform()
+    model = _make_model(config, source, platform)
+    mesh = make_mesh(_parallelism(config, model), _devices(config))
+    params = _load(model, source, mesh)
+    loaded = time.monotonic()
+    resolved, tiling = resolve(config, source, model, platform, mesh)
+    runner = Runner(
+        model,
+        params,
+        resolved,
+        mesh,
+        ModelContext(LinearContext(platform), _parallelism(config, model)),
+        AttentionContext(tiling, config.attention_backend),
+    )
+    progress = _ProgressLine(show_progress)
+    runner.warmup(progress.update, num_threads=max(2, min(8, os.cpu_count() or 2)))
+    progress.close()
+    at_ready = compilations.count
+    scheduler = Scheduler(resolved, num_groups=len(kv_groups(model.kv_specs())))
+    client = EngineThread(Engine(scheduler, runner, source.tokenizer), lambda: compilations.count - at_ready)
+    ready = time.monotonic()
+    return BuiltEngine(
+        client=client,
+        requests=RequestFactory(resolved, source.tokenizer),
+        tokenizer=source.tokenizer,
+        config=resolved,
+        runner=runner,
+        startup_s={"load": loaded - started, "compile": ready - loaded, "total": ready - started},
+    )
+
+
+def resolve(
+    config: EngineConfig, source: ModelSource, model: Model, platform: str, mesh: Mesh
+) -> tuple[ResolvedConfig, Tiling]:
+    """Returns every decided field, and the tiles of attention on this platform."""
+    defaults = DEFAULTS[platform]
+    parallel = _parallelism(config, model)
+    specs = model.kv_specs()
+    dtype = _dtype(config, model, platform)
+    kv_dtype = "float32" if platform == "cpu" or model.is_float32_only else dtype
+    page_size = config.page_size or defaults.page_size
+    max_num_seqs = config.max_num_seqs or defaults.max_num_seqs
+    max_tokens = config.max_num_batched_tokens or max(defaults.max_num_batched_tokens, max_num_seqs)
+    if max_tokens < max_num_seqs:
+        raise ConfigError(
+            f"max_num_batched_tokens ({max_tokens}) must be at least max_num_seqs ({max_num_seqs}): a step that decodes every "
+            "sequence needs a token for each."
+        )
+    bytes_a_page = page_bytes(specs, page_size, kv_dtype, parallel.kv)
+    num_pages = config.num_pages or num_pages_for(_kv_bytes(config, mesh), bytes_a_page)
+    max_model_len = _max_model_len(config, model, num_pages * page_size)
+    check_fits(num_pages, page_size, max_model_len, bytes_a_page)
+    num_pages = min(num_pages, max_num_seqs * -(-max_model_len // page_size)) if not config.num_pages else num_pages
+    tiling = default_tiling(
+        platform,
+        num_q_heads=max(1, model.num_heads // parallel.size),
+        num_kv_heads=max(1, specs[0].num_kv_heads // parallel.kv),
+        head_dim=specs[0].head_dim,
+        page_size=page_size,
+    )
+    splits = -(-max_model_len // tiling.split_size)
+    resolved = ResolvedConfig(
+        model_name=source.name,
+        platform=platform,
+        vocab_size=model.vocab_size,
+        tensor_parallel_size=parallel.size,
+        dtype=dtype,
+        kv_dtype=kv_dtype,
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_tokens,
+        page_size=page_size,
+        num_pages=num_pages,
+        max_pages_per_seq=-(-max_model_len // page_size),
+        token_buckets=powers_of_two(min(defaults.smallest_token_bucket, max_tokens), max_tokens, defaults.bucket_factor),
+        sequence_buckets=powers_of_two(1, max_num_seqs),
+        split_size=tiling.split_size,
+        query_tile=tiling.query_tile,
+        # Every row's first split, and all splits that a full pool can hold; shared pages may ask for more and then wait.
+        max_decode_items=max(splits, max_num_seqs + num_pages * page_size // tiling.split_size),
+        seed=config.seed,
+        max_logprobs=min(config.max_logprobs, model.vocab_size),
+        attention_backend=config.attention_backend,
+    )
+    return resolved, tiling
+
+
+def _platform() -> str:
+    return "cpu" if jax.default_backend() == "cpu" else "gpu"
+
+
+def _dtype(config: EngineConfig, model: Model, platform: str) -> str:
+    if model.is_float32_only:
+        return "float32"
+    return DEFAULTS[platform].dtype if config.dtype == "auto" else config.dtype
+
+
+def _make_model(config: EngineConfig, source: ModelSource, platform: str) -> Model:
+    dtype = DEFAULTS[platform].dtype if config.dtype == "auto" else config.dtype
+    return make_model(source.config, tensor_parallel_size=config.tensor_parallel_size, dtype=jnp.dtype(dtype))
+
+
+def _parallelism(config: EngineConfig, model: Model) -> TensorParallelism:
+    return TensorParallelism.of(config.tensor_parallel_size, model.kv_specs()[0].num_kv_heads)
+
+
+def _devices(config: EngineConfig) -> list[jax.Device]:
+    devices = jax.local_devices()
+    if len(devices) < config.tensor_parallel_size:
+        raise ConfigError(
+            f"tensor_parallel_size must be at most the {len(devices)} devices found here, got {config.tensor_parallel_size}. "
+            "On a CPU, XLA_FLAGS=--xla_force_host_platform_device_count=8 makes 8 of them."
+        )
+    return devices[: config.tensor_parallel_size]
+
+
+def _max_model_len(config: EngineConfig, model: Model, pool_tokens: int) -> int:
+    """The model's own limit where nothing was asked for; lowered, with a warning, to what the pool holds."""
+    if config.max_model_len is not None:
+        if config.max_model_len > model.max_model_len:
+            raise ConfigError(
+                f"max_model_len must be at most the model's {model.max_model_len} tokens, got {config.max_model_len}."
+            )
+        return config.max_model_len
+    if model.max_model_len > pool_tokens > 0:
+        warnings.warn(
+            f"max_model_len is lowered from the model's {model.max_model_len} to the {pool_tokens} tokens that the KV pool holds; "
+            "set max_model_len, or give the pool more memory (kv_cache_memory_bytes).",
+            stacklevel=3,
+        )
+        return pool_tokens
+    return model.max_model_len
+
+
+def _kv_bytes(config: EngineConfig, mesh: Mesh) -> int:
+    """Returns the KV pool's share of one device [bytes]."""
+    if config.kv_cache_memory_bytes is not None:
+        return config.kv_cache_memory_bytes
+    free = free_device_bytes(mesh.devices.flat[0], config.gpu_memory_utilization)
+    if free is None:
+        return CPU_DEFAULT_KV_BYTES
+    if free <= 0:
+        raise ConfigError(
+            "The weights alone fill gpu_memory_utilization of the device: raise it, or use more devices (tensor_parallel_size)."
+        )
+    return free
+
+
+def _load(model: Model, source: ModelSource, mesh: Mesh) -> Any:
+    """Returns the parameters in the served layout; each device only ever holds its own shards."""
+    parameters = model.parameters()
+    dtype = jnp.dtype("float32") if model.is_float32_only else jnp.dtype(model.dtype)
+    abstract = {
+        p.path: jax.ShapeDtypeStruct(p.shape, dtype, sharding=NamedSharding(mesh, spec_for(p.axes))) for p in parameters
+    }
+    if source.params is not None:
+        shapes = {path: tuple(leaf.shape) for path, leaf in source.params.items()}
+        check_complete(parameters, shapes, "params")
+        leaves = {path: _place(source.params[path], target) for path, target in abstract.items()}
+    else:
+        assert source.path is not None
+        leaves = load_parameters(source.path, parameters, abstract)
+    shardings = tuple(NamedSharding(mesh, spec) for spec in model.served_specs())
+    return jax.jit(model.served_layout, out_shardings=shardings)(leaves)
+
+
+def _place(leaf: Any, target: jax.ShapeDtypeStruct) -> jax.Array:
+    import numpy as np
+
+    if isinstance(leaf, jax.Array):
+        return jax.device_put(leaf.astype(target.dtype), target.sharding)
+    return jax.device_put(np.asarray(leaf).astype(target.dtype), target.sharding)
+
+
+def _use_compilation_cache(directory: str | None) -> None:
+    """Turns on XLA's persistent cache, for programs of any size; one that is configured already is left alone."""
+    if directory == "" or jax.config.jax_compilation_cache_dir:
+        return
+    if directory is None:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        directory = str(base / "jaxserve" / "xla")
+    jax.config.update("jax_compilation_cache_dir", directory)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+class _ProgressLine:
+    """One line on stderr while programs compile."""
+
+    def __init__(self, is_shown: bool):
+        self._bar = tqdm(desc="Compiling programs", unit="program", disable=not is_shown, leave=False, file=sys.stderr)
+
+    def update(self, done: int, total: int) -> None:
+        self._bar.total = total
+        self._bar.update(done - self._bar.n)
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+

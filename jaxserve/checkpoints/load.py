@@ -1,0 +1,68 @@
+"""Which of the two formats a directory has, and its parameters on devices. The entrance that `build` uses.
+
+Knows how the formats are told apart. Holds no state.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+
+from jaxserve.checkpoints import directory, huggingface, manifest, orbax_store
+from jaxserve.errors import CheckpointError
+from jaxserve.models.weights import Parameter, check_complete
+
+Format = Literal["orbax", "huggingface"]
+FORMATS: tuple[Format, ...] = ("orbax", "huggingface")
+
+
+def detect(path: str | Path) -> Format:
+    """Returns the format of a checkpoint directory, by the files that are there.
+
+    Raises:
+        CheckpointError: neither; says what was looked for.
+    """
+    root = Path(path)
+    if not root.is_dir():
+        raise CheckpointError(f"{root} is not a directory.")
+    if (root / manifest.NAME).exists():
+        return "orbax"
+    if (root / orbax_store.PARAMS).is_dir():
+        raise CheckpointError(f"{root} has {orbax_store.PARAMS}/ but no {manifest.NAME}; copy the checkpoint again.")
+    weights = (".safetensors", ".safetensors.index.json", *huggingface.PICKLE_SUFFIXES)
+    if any(p.name.endswith(weights) for p in root.iterdir()):
+        return "huggingface"
+    raise CheckpointError(
+        f"{root} is no checkpoint: it has neither {manifest.NAME} (Orbax, as `jaxserve convert` writes it) nor "
+        f"{huggingface.SINGLE} or {huggingface.INDEX} (Hugging Face)."
+    )
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """Returns config.json of a checkpoint of either format."""
+    return directory.read_json(Path(path), directory.CONFIG)
+
+
+def load_parameters(
+    path: str | Path,
+    parameters: Sequence[Parameter],
+    abstract: Mapping[str, jax.ShapeDtypeStruct],
+    *,
+    verify: bool = True,
+) -> dict[str, jax.Array]:
+    """Reads a checkpoint of either format straight to its shards.
+
+    Args:
+        parameters: every tensor that the model of config.json has.
+        abstract: {path: shape, dtype to cast to, sharding}; without a sharding, the first device.
+        verify: check the hashes of an Orbax directory first. Hugging Face directories have none; their headers are
+            always checked.
+
+    Raises:
+        CheckpointError: names file and tensor.
+    """
+    if detect(path) == "huggingface":
+        return huggingface.load(path, parameters, abstract)
+    check_complete(parameters, {name: tuple(target.shape) for name, target in abstract.items()}, "the abstract tree")
+    return orbax_store.load(path, abstract, verify=verify)

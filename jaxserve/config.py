@@ -1,0 +1,112 @@
+"""What was asked for (`EngineConfig`) and what the engine runs with (`ResolvedConfig`).
+
+Knows names, defaults and ranges; knows nothing of devices or models: `build` turns the first into the second.
+"""
+
+from dataclasses import dataclass
+
+from jaxserve.errors import ConfigError
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """The intent: a field left at None is decided by `build` from the model and the platform.
+
+    Attributes:
+        model: a directory (Orbax or Hugging Face), a Hub id, "toy", or None for the embedded model.
+        tokenizer: a directory with tokenizer files; None takes the model's own.
+        tensor_parallel_size: devices that share one model.
+        dtype: of parameters and activations; "auto" is bfloat16 on a GPU and float32 on a CPU.
+        max_model_len: longest prompt plus output [tokens].
+        max_num_seqs: most requests computed in one step.
+        max_num_batched_tokens: most tokens computed in one step; longer prompts are chunked.
+        page_size: tokens in a KV page.
+        num_pages: pages in the KV pool; overrides both memory settings below.
+        gpu_memory_utilization: share of a GPU's memory for weights, programs and KV pool together.
+        kv_cache_memory_bytes: size of the KV pool; overrides gpu_memory_utilization.
+        seed: of the engine; a request without its own seed draws from it.
+        max_logprobs: largest `logprobs` a request may ask for.
+        attention_backend: "auto", or the name of one implementation of paged attention.
+        compilation_cache_dir: of XLA's persistent cache; None takes a directory of the user, "" turns it off.
+        revision: of a Hub id.
+    """
+
+    model: str | None = None
+    tokenizer: str | None = None
+    tensor_parallel_size: int = 1
+    dtype: str = "auto"
+    max_model_len: int | None = None
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
+    page_size: int | None = None
+    num_pages: int | None = None
+    gpu_memory_utilization: float = 0.9
+    kv_cache_memory_bytes: int | None = None
+    seed: int = 0
+    max_logprobs: int = 20
+    attention_backend: str = "auto"
+    compilation_cache_dir: str | None = None
+    revision: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in (
+            "tensor_parallel_size",
+            "max_model_len",
+            "max_num_seqs",
+            "max_num_batched_tokens",
+            "page_size",
+            "num_pages",
+            "kv_cache_memory_bytes",
+        ):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}.")
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}.")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ConfigError(f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization!r}.")
+        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed must be a whole number in [0, 2**63), got {self.seed!r}.")
+        if not isinstance(self.max_logprobs, int) or not 0 <= self.max_logprobs <= 128:
+            raise ConfigError(f"max_logprobs must be a whole number in [0, 128], got {self.max_logprobs!r}.")
+        if self.page_size is not None and (self.page_size & (self.page_size - 1) or not 8 <= self.page_size <= 256):
+            raise ConfigError(f"page_size must be a power of two in [8, 256], got {self.page_size}.")
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedConfig:
+    """The fact: what one engine runs with. Units as in `EngineConfig`; every field is decided.
+
+    Attributes:
+        model_name: how the service calls the model.
+        platform: "cpu" or "gpu".
+        max_pages_per_seq: width of a block table row.
+        token_buckets: sizes of the backbone's mixed program [tokens], ascending.
+        sequence_buckets: sizes of the decode and the head program [sequences], ascending.
+        split_size: KV tokens of one attention work item; a constant, so that sums have one order (ADR 0006).
+        query_tile: query tokens of one prefill tile.
+        max_decode_items: most decode work items in one step.
+    """
+
+    model_name: str
+    platform: str
+    vocab_size: int
+    tensor_parallel_size: int
+    dtype: str
+    kv_dtype: str
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    page_size: int
+    num_pages: int
+    max_pages_per_seq: int
+    token_buckets: tuple[int, ...]
+    sequence_buckets: tuple[int, ...]
+    split_size: int
+    query_tile: int
+    max_decode_items: int
+    seed: int
+    max_logprobs: int
+    attention_backend: str

@@ -1,0 +1,45 @@
+"""How many KV pages an engine gets: from a size that was asked for, or from what a device has left."""
+
+import jax
+import numpy as np
+
+from jaxserve.errors import ConfigError
+from jaxserve.plan import KVSpec
+
+CPU_DEFAULT_KV_BYTES = 1 << 29
+"""A development machine's share: 512 MiB."""
+
+ROUND_PAGES_TO = 64
+"""num_pages is a shape, so a few MB more or less of free memory must not change every cache key."""
+
+
+def page_bytes(specs: tuple[KVSpec, ...], page_size: int, kv_dtype: str, kv_shards: int) -> int:
+    """Returns what one page id costs on one device over all layers, K and V [bytes]."""
+    item = np.dtype(jax.numpy.dtype(kv_dtype)).itemsize
+    return sum(2 * spec.num_kv_heads // kv_shards * spec.head_dim * page_size * item for spec in specs)
+
+
+def num_pages_for(kv_bytes: int, bytes_a_page: int) -> int:
+    """Returns how many pages fit, rounded down coarsely where there are many."""
+    pages = kv_bytes // bytes_a_page
+    return pages // ROUND_PAGES_TO * ROUND_PAGES_TO if pages >= ROUND_PAGES_TO else pages
+
+
+def free_device_bytes(device: jax.Device, utilization: float) -> int | None:
+    """Returns utilization * total - in use [bytes], or None where the platform does not say (a CPU)."""
+    stats = device.memory_stats()
+    if not stats or "bytes_limit" not in stats:
+        return None
+    return int(stats["bytes_limit"] * utilization) - int(stats.get("bytes_in_use", 0))
+
+
+def check_fits(num_pages: int, page_size: int, max_model_len: int, bytes_a_page: int) -> None:
+    """Raises ConfigError unless one request of the longest length fits the pool, so that every request does, alone."""
+    needed = -(-max_model_len // page_size)
+    if num_pages < needed:
+        raise ConfigError(
+            f"The KV pool holds {num_pages} pages of {page_size} tokens ({num_pages * bytes_a_page / 2**20:.0f} MiB), but one "
+            f"request of max_model_len {max_model_len} needs {needed} ({needed * bytes_a_page / 2**20:.0f} MiB): give it more "
+            f"(num_pages, kv_cache_memory_bytes or gpu_memory_utilization), or lower max_model_len to at most "
+            f"{num_pages * page_size}."
+        )

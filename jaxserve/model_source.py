@@ -1,0 +1,102 @@
+"""Where a model comes from: a name to look up, or parameters that the caller already has.
+
+Knows names and trees; reads nothing but `config.json`. Loading and laying out is `build`'s.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxserve.checkpoints import directory, hub
+from jaxserve.errors import ConfigError
+from jaxserve.models.weights import flatten, unflatten
+from jaxserve.tokenization.ascii_tokenizer import AsciiTokenizer
+from jaxserve.tokenization.tokenizer import Tokenizer, load_tokenizer
+
+EMBEDDED = Path(__file__).parent / "embedded_model"
+TOY = "toy"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """A model that is found and not yet loaded.
+
+    Attributes:
+        name: how the service calls it.
+        config: config.json as a dict.
+        path: directory with the parameters; None when `params` has them.
+        params: canonical leaves {path: array}; None when `path` has them.
+        tokenizer: None where there is none: token ids in, token ids out.
+    """
+
+    name: str
+    config: Mapping[str, Any]
+    path: Path | None
+    params: Mapping[str, Any] | None
+    tokenizer: Tokenizer | None
+
+
+def find_model(model: str | None, tokenizer: str | Tokenizer | None, revision: str | None = None) -> ModelSource:
+    """Returns the model of this name: None is the embedded one, "toy" the toy, else a directory or a Hub id.
+
+    Raises:
+        ModelNotFoundError, CheckpointError: it is not there, or not a model.
+    """
+    if model == TOY:
+        import numpy as np
+
+        config = {"architectures": ["JaxserveToy"], "model_type": TOY}
+        return ModelSource(TOY, config, None, {"scale": np.ones(1, np.float32)}, _tokenizer(tokenizer) or AsciiTokenizer())
+    path = EMBEDDED if model is None else hub.resolve(model, revision)
+    return ModelSource(
+        name="embedded" if model is None else (model if not Path(model).exists() else path.resolve().name),
+        config=directory.read_json(path, directory.CONFIG),
+        path=path,
+        params=None,
+        tokenizer=_tokenizer(tokenizer) or load_tokenizer(path),
+    )
+
+
+def own_model(params: Any, config: Any, tokenizer: str | Tokenizer | None) -> ModelSource:
+    """Returns the caller's own parameters as a model.
+
+    Args:
+        params: an NNX module or state, a Linen FrozenDict (with or without its "params" level), or a plain nested dict, in the
+            canonical tree of `jaxserve.models.weights`.
+        config: a Hugging Face configuration, as a dict or an object with `to_dict()`.
+        tokenizer: a directory, a Tokenizer, or None for token ids alone.
+    """
+    if config is None:
+        raise ConfigError("config must be given with params: a dict like a Hugging Face config.json.")
+    if not isinstance(config, Mapping):
+        if not hasattr(config, "to_dict"):
+            raise ConfigError(f"config must be a dict or have to_dict(), got {type(config).__name__}.")
+        config = config.to_dict()
+    return ModelSource("params", dict(config), None, canonical_leaves(params), _tokenizer(tokenizer))
+
+
+def canonical_leaves(params: Any) -> dict[str, Any]:
+    """Returns {path: array} of an NNX module or state, a Linen FrozenDict, or a nested dict."""
+    from flax import nnx
+
+    if isinstance(params, nnx.Module):
+        params = nnx.state(params, nnx.Param)
+    if isinstance(params, nnx.State):
+        params = nnx.to_pure_dict(params)
+    if not isinstance(params, Mapping):
+        raise ConfigError(
+            f"params must be an NNX module or state, a Linen FrozenDict or a nested dict, got {type(params).__name__}."
+        )
+    if set(params) == {"params"}:
+        params = params["params"]
+    return flatten(params)
+
+
+def canonical_tree(params: Any) -> dict[str, Any]:
+    """Returns the nested dict of the same."""
+    return unflatten(canonical_leaves(params))
+
+
+def _tokenizer(tokenizer: str | Tokenizer | None) -> Tokenizer | None:
+    return load_tokenizer(tokenizer) if isinstance(tokenizer, (str, Path)) else tokenizer

@@ -1,0 +1,72 @@
+"""Which family serves which checkpoint, by the `architectures` of its config.json. Families from outside the tree register too."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from jaxserve.errors import ConfigError, UnknownModelError
+from jaxserve.models.llama import Llama
+from jaxserve.models.model import Model
+from jaxserve.models.toy import Toy
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """How to make a model of one family.
+
+    Attributes:
+        make: (config.json as a dict, tensor_parallel_size, dtype) -> Model.
+        sizes_for: (config.json as a dict, limit) -> the tensor_parallel_sizes up to it that work.
+    """
+
+    make: Callable[[Mapping[str, Any], int, Any], Model]
+    sizes_for: Callable[[Mapping[str, Any], int], tuple[int, ...]]
+
+
+_FAMILIES: dict[str, Family] = {}
+
+
+def register(architecture: str, family: Family) -> None:
+    """Makes checkpoints whose config.json names `architecture` known; a second registration of a name replaces the first."""
+    _FAMILIES[architecture] = family
+
+
+def known_architectures() -> tuple[str, ...]:
+    return tuple(sorted(_FAMILIES))
+
+
+def family_of(config: Mapping[str, Any]) -> Family:
+    """Returns the family of a config.json.
+
+    Raises:
+        UnknownModelError: none of its architectures is registered; lists those that are.
+    """
+    names = config.get("architectures") or []
+    for name in names:
+        if name in _FAMILIES:
+            return _FAMILIES[name]
+    raise UnknownModelError(
+        f"architectures in config.json must name one of {', '.join(known_architectures())}, got {names}. "
+        "Register a family of your own with jaxserve.models.registry.register."
+    )
+
+
+def make_model(config: Mapping[str, Any], *, tensor_parallel_size: int = 1, dtype: Any = "float32") -> Model:
+    """Returns the model of a config.json, cut over `tensor_parallel_size` devices.
+
+    Raises:
+        UnknownModelError: see `family_of`.
+        ConfigError: the size does not divide the model; names the sizes that would.
+    """
+    family = family_of(config)
+    sizes = family.sizes_for(config, max(tensor_parallel_size, 64))
+    if tensor_parallel_size not in sizes:
+        raise ConfigError(
+            f"tensor_parallel_size must divide the model's heads and feed-forward, so it is one of "
+            f"{', '.join(map(str, sizes))}; got {tensor_parallel_size}."
+        )
+    return family.make(config, tensor_parallel_size, dtype)
+
+
+register("LlamaForCausalLM", Family(Llama.from_huggingface, Llama.sizes_for))
+register("JaxserveToy", Family(Toy.from_huggingface, Toy.sizes_for))

@@ -1,0 +1,118 @@
+"""From what a caller gives to a `Request` that one engine is sure to serve, or an error that names the field.
+
+The only place where a request meets the model's limits; the Python API and every front door go through it.
+"""
+
+import hashlib
+import itertools
+import uuid
+from collections.abc import Sequence
+
+from jaxserve.config import ResolvedConfig
+from jaxserve.errors import InvalidRequestError
+from jaxserve.request import Request, SamplingParams
+from jaxserve.tokenization.tokenizer import Tokenizer
+
+
+class RequestFactory:
+    """Makes requests for one engine. Thread-safe; `make` on a long text takes a while, so keep it off an event loop."""
+
+    def __init__(self, config: ResolvedConfig, tokenizer: Tokenizer | None):
+        self._config = config
+        self._tokenizer = tokenizer
+        self._ordinals = itertools.count()
+
+    @property
+    def max_prompt_chars(self) -> int:
+        """Longest text worth tokenizing; anything longer cannot fit."""
+        return 64 * self._config.max_model_len
+
+    def make(
+        self,
+        prompt: str | Sequence[int],
+        sampling: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        add_special_tokens: bool = True,
+        parse_special: bool = False,
+    ) -> Request:
+        """Returns the validated request.
+
+        Args:
+            prompt: text, or token ids.
+            sampling: None takes the defaults.
+            request_id: unique among running requests; None makes one.
+            priority: lower goes first.
+            add_special_tokens: whether the tokenizer puts its own (such as bos) around a text.
+            parse_special: whether special tokens written in a text count as such (a rendered chat template's do).
+
+        Raises:
+            InvalidRequestError: names the field, what was given, what is allowed and the remedy.
+        """
+        sampling = sampling if sampling is not None else SamplingParams()
+        self._check_sampling(sampling)
+        if isinstance(prompt, str):
+            token_ids = self._encode(prompt, add_special_tokens, parse_special)
+        else:
+            token_ids = tuple(prompt)
+        self._check_prompt(token_ids)
+        eos = frozenset(self._tokenizer.eos_token_ids) if self._tokenizer else frozenset()
+        stops = frozenset(sampling.stop_token_ids or ())
+        return Request(
+            request_id=request_id or uuid.uuid4().hex,
+            prompt_token_ids=token_ids,
+            sampling=sampling,
+            stop_token_ids=stops if sampling.ignore_eos else stops | eos,
+            eos_token_ids=eos,
+            key=self._key(sampling.seed),
+            priority=priority,
+            prompt=prompt if isinstance(prompt, str) else None,
+        )
+
+    def _encode(self, prompt: str, add_special_tokens: bool, parse_special: bool) -> tuple[int, ...]:
+        if self._tokenizer is None:
+            raise InvalidRequestError("prompt", prompt, "token ids, as this engine has no tokenizer", "Pass tokenizer=.")
+        if len(prompt) > self.max_prompt_chars:
+            raise InvalidRequestError(
+                "prompt", f"{len(prompt)} characters", f"at most {self.max_prompt_chars} characters", "Shorten it."
+            )
+        return tuple(
+            self._tokenizer.encode(prompt, add_special_tokens=add_special_tokens, parse_special=parse_special)
+        )
+
+    def _check_prompt(self, token_ids: tuple[int, ...]) -> None:
+        limit, vocab_size = self._config.max_model_len, self._config.vocab_size
+        if not token_ids:
+            raise InvalidRequestError("prompt", token_ids, "at least one token long")
+        if len(token_ids) >= limit:
+            raise InvalidRequestError(
+                "prompt",
+                f"{len(token_ids)} tokens",
+                f"shorter than max_model_len ({limit} tokens), so that at least one token can follow",
+                "Shorten it or raise max_model_len.",
+            )
+        for token_id in token_ids:
+            if not isinstance(token_id, int) or isinstance(token_id, bool) or not 0 <= token_id < vocab_size:
+                raise InvalidRequestError("prompt_token_ids", token_id, f"whole numbers in [0, {vocab_size})")
+
+    def _check_sampling(self, sampling: SamplingParams) -> None:
+        config = self._config
+        if sampling.logprobs is not None and sampling.logprobs > config.max_logprobs:
+            raise InvalidRequestError(
+                "logprobs",
+                sampling.logprobs,
+                f"at most max_logprobs ({config.max_logprobs})",
+                "Raise max_logprobs when starting the engine.",
+            )
+        for token_id in sampling.stop_token_ids or ():
+            if token_id >= config.vocab_size:
+                raise InvalidRequestError(
+                    "stop_token_ids", token_id, f"in the vocabulary, [0, {config.vocab_size})"
+                )
+
+    def _key(self, seed: int | None) -> tuple[int, int]:
+        """A request with a seed has the same key on every engine; one without differs from every other."""
+        source = f"seed {seed}" if seed is not None else f"engine {self._config.seed} {next(self._ordinals)}"
+        digest = hashlib.blake2b(source.encode(), digest_size=8).digest()
+        return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")

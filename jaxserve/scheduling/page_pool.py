@@ -1,0 +1,62 @@
+"""The pages of one group: who holds how many references to which, and which are free. Knows nothing of what is in them.
+
+Free pages wait in the order in which they were released; a sequence gives back its last page first, so that the beginning of a
+context, which others may share, is taken last.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterable
+
+from jaxserve.errors import IntegrityError
+
+
+class PagePool:
+    """A fixed number of pages, handed out by id."""
+
+    def __init__(self, num_pages: int):
+        self.num_pages = num_pages
+        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_pages))
+        self._references = [0] * num_pages
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    def allocate(self, count: int) -> list[int]:
+        """Returns `count` page ids with one reference each; the caller has checked `num_free`."""
+        if count > len(self._free):
+            raise IntegrityError(f"asked for {count} pages with {len(self._free)} free; the caller must check num_free")
+        pages = [self._free.popitem(last=False)[0] for _ in range(count)]
+        for page in pages:
+            self._references[page] = 1
+        return pages
+
+    def share(self, page: int) -> None:
+        """Adds a reference to a page in use."""
+        if self._references[page] < 1:
+            raise IntegrityError(f"page {page} is free and cannot be shared")
+        self._references[page] += 1
+
+    def release(self, pages: Iterable[int]) -> None:
+        """Drops one reference to each page, last first; those without any are free again."""
+        for page in reversed(list(pages)):
+            if self._references[page] < 1:
+                raise IntegrityError(f"page {page} was released twice")
+            self._references[page] -= 1
+            if self._references[page] == 0:
+                self._free[page] = None
+
+    def check_integrity(self, held: Iterable[int]) -> None:
+        """Raises IntegrityError unless references are exactly `held` (ids, as often as held) and free + used = pool."""
+        expected = [0] * self.num_pages
+        for page in held:
+            expected[page] += 1
+        if expected != self._references:
+            wrong = [p for p in range(self.num_pages) if expected[p] != self._references[p]]
+            raise IntegrityError(
+                f"{len(wrong)} pages have wrong reference counts, first page {wrong[0]}: "
+                f"held {expected[wrong[0]]} times, counted {self._references[wrong[0]]}"
+            )
+        num_used = sum(1 for count in self._references if count)
+        if num_used + len(self._free) != self.num_pages or any(self._references[p] for p in self._free):
+            raise IntegrityError(f"{num_used} used + {len(self._free)} free pages are not the pool's {self.num_pages}")

@@ -1,0 +1,309 @@
+"""Decides what each step computes, and takes note of what came out. Pure Python; owns sequences, rows and pages.
+
+One idea: there is no prefill phase and no decode phase. A sequence has `num_known` tokens, `num_in_flight` more on the device, and
+`num_computed` positions; a step computes `min(budget, num_known + num_in_flight - num_computed)` of them. Step n + 1 is planned before
+step n is committed: nothing is planned past a length at which a sequence is certain to end, and a token that came for a sequence
+that has ended meanwhile is dropped at commit.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from jaxserve.config import ResolvedConfig
+from jaxserve.errors import IntegrityError
+from jaxserve.plan import Admission, PageUpdate, RowSampling, SampledToken, SequencePlan, StepPlan, StepResult
+from jaxserve.request import Request
+from jaxserve.scheduling.page_pool import PagePool
+from jaxserve.scheduling.sequence import Sequence
+
+MAX_SKIPS = 64
+"""Steps that those behind may pass a waiting sequence for which pages are lacking; then nobody else is admitted before it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """One token that was added to a sequence.
+
+    Attributes:
+        finish_reason: set when it was the last; the sequence's pages are free already.
+        stop_reason: the stop token id, unless it was the model's end-of-sequence token.
+    """
+
+    request_id: str
+    token: SampledToken
+    finish_reason: str | None = None
+    stop_reason: int | None = None
+    is_nonfinite: bool = False
+
+
+class _Budget:
+    """What is left of a step."""
+
+    def __init__(self, config: ResolvedConfig):
+        self.tokens = config.max_num_batched_tokens
+        self.decode_items = config.max_decode_items
+
+
+class Scheduler:
+    """See the module docstring.
+
+    Args:
+        config: limits of the engine.
+        num_groups: block tables a sequence has; each has its own pool of config.num_pages.
+    """
+
+    def __init__(self, config: ResolvedConfig, num_groups: int = 1):
+        self.config = config
+        self.pools = tuple(PagePool(config.num_pages) for _ in range(num_groups))
+        self.num_preemptions = 0
+        self._sequences: dict[str, Sequence] = {}
+        self._waiting: list[Sequence] = []
+        self._running: list[Sequence] = []
+        self._free_rows = list(range(config.max_num_seqs))[::-1]
+        self._sampling_in: dict[int, list[Sequence]] = {}  # step in flight -> sequences that get a token from it
+        self._num_arrived = 0
+        self._next_step = 0
+
+    # --- what comes in and goes out ---------------------------------------------------------------------------------
+
+    def add(self, request: Request) -> None:
+        """Takes a request in; it fits the engine (`RequestFactory` has checked)."""
+        prompt = request.prompt_token_ids
+        limit = self.config.max_model_len
+        max_tokens = request.sampling.max_tokens
+        sequence = Sequence(
+            request=request,
+            arrival=self._num_arrived,
+            max_total_len=limit if max_tokens is None else min(limit, len(prompt) + max_tokens),
+            token_ids=list(prompt),
+            pages=[[] for _ in self.pools],
+            num_pages_told=[0] * len(self.pools),
+        )
+        self._num_arrived += 1
+        self._sequences[request.request_id] = sequence
+        self._enqueue(sequence)
+
+    def _enqueue(self, sequence: Sequence) -> None:
+        self._waiting.append(sequence)
+        self._waiting.sort(key=lambda s: s.order)
+
+    def finish(self, request_id: str) -> bool:
+        """Ends a sequence now, for whatever reason, and frees what it holds; returns whether it was there."""
+        sequence = self._sequences.pop(request_id, None)
+        if sequence is None:
+            return False
+        if sequence.row is not None:
+            self._running.remove(sequence)
+            self._vacate(sequence)
+        else:
+            self._waiting.remove(sequence)
+        return True
+
+    def _vacate(self, sequence: Sequence) -> None:
+        """Takes row and pages away."""
+        assert sequence.row is not None
+        for pool, pages in zip(self.pools, sequence.pages, strict=True):
+            pool.release(pages)
+        sequence.pages = [[] for _ in self.pools]
+        sequence.num_pages_told = [0] * len(self.pools)
+        self._free_rows.append(sequence.row)
+        sequence.row = None
+        sequence.num_computed = 0
+
+    # --- plan -------------------------------------------------------------------------------------------------------
+
+    def plan(self) -> StepPlan | None:
+        """Returns the next step, or None when there is nothing to compute now."""
+        budget = _Budget(self.config)
+        takes: dict[Sequence, int] = {}
+        was_preempted = self._plan_running(budget, takes)
+        if not was_preempted:
+            self._plan_waiting(budget, takes)
+        if not takes:
+            return None
+        # one-token sequences first: decode rows lie together in the batch
+        ordered = sorted(takes.items(), key=lambda item: item[1] > 1)
+        admissions = [Admission(s.row, s.request_id, _row_sampling(s.request)) for s, _ in ordered if s.is_new_to_row]  # type: ignore[arg-type]
+        updates = [update for s, take in ordered for update in self._page_updates(s, take)]
+        sequences = [self._plan_sequence(s, take) for s, take in ordered]
+        step = self._next_step
+        self._next_step += 1
+        self._sampling_in[step] = [s for (s, _), planned in zip(ordered, sequences, strict=True) if planned.samples]
+        return StepPlan(step, tuple(admissions), tuple(updates), tuple(sequences))
+
+    def _plan_running(self, budget: _Budget, takes: dict[Sequence, int]) -> bool:
+        """Gives running sequences their share, in order; returns whether one had to be preempted."""
+        was_preempted = False
+        for sequence in sorted(self._running, key=lambda s: s.order):
+            if sequence.row is None:
+                continue  # preempted a moment ago for one before it
+            take = self._take(sequence, budget)
+            if take == 0:
+                continue
+            while not self._reserve(sequence, sequence.num_computed + take):
+                victim = max(self._running, key=lambda s: s.order)
+                if victim in takes:  # cannot be: victims come later in order than who is planned
+                    raise IntegrityError("a sequence already planned was chosen for preemption")
+                self._preempt(victim)
+                was_preempted = True
+                if victim is sequence:
+                    break
+            else:
+                self._grant(sequence, take, budget, takes)
+        return was_preempted
+
+    def _plan_waiting(self, budget: _Budget, takes: dict[Sequence, int]) -> None:
+        """Admits waiting sequences in order; one whose pages are lacking is passed, unless it has been for too long."""
+        admitted = []
+        for sequence in self._waiting:
+            if not self._free_rows or budget.tokens == 0:
+                break
+            if sequence.num_in_flight:
+                continue  # preempted with a token on the device: known after the next commit
+            take = self._take(sequence, budget)
+            if take == 0:
+                continue
+            if not self._reserve(sequence, sequence.num_known):
+                sequence.num_skips += 1
+                if sequence.num_skips > MAX_SKIPS:
+                    break
+                continue
+            sequence.row = self._free_rows.pop()
+            sequence.is_new_to_row = True
+            sequence.num_skips = 0
+            self._running.append(sequence)
+            admitted.append(sequence)
+            self._grant(sequence, take, budget, takes)
+        if admitted:
+            gone = set(map(id, admitted))
+            self._waiting = [s for s in self._waiting if id(s) not in gone]
+
+    def _take(self, sequence: Sequence, budget: _Budget) -> int:
+        """Returns how many tokens the budget allows the sequence; a lone token costs work items, a chunk does not."""
+        take = min(sequence.num_to_compute, budget.tokens)
+        if take == 1 and self._decode_items(sequence) > budget.decode_items:
+            return 0
+        return take
+
+    def _decode_items(self, sequence: Sequence) -> int:
+        return -(-(sequence.num_computed + 1) // self.config.split_size)
+
+    def _grant(self, sequence: Sequence, take: int, budget: _Budget, takes: dict[Sequence, int]) -> None:
+        budget.tokens -= take
+        if take == 1:
+            budget.decode_items -= self._decode_items(sequence)
+        takes[sequence] = take
+
+    def _reserve(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Makes pages for positions [0, num_tokens) the sequence's own; changes nothing and returns False if some lack."""
+        needed = -(-num_tokens // self.config.page_size)
+        lacking = [needed - len(pages) for pages in sequence.pages]
+        if any(count > pool.num_free for count, pool in zip(lacking, self.pools, strict=True)):
+            return False
+        for count, pool, pages in zip(lacking, self.pools, sequence.pages, strict=True):
+            if count > 0:
+                pages.extend(pool.allocate(count))
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Takes everything back; the sequence will be computed again from its tokens."""
+        self._running.remove(sequence)
+        self._vacate(sequence)
+        sequence.num_preemptions += 1
+        self.num_preemptions += 1
+        self._enqueue(sequence)
+
+    def _page_updates(self, sequence: Sequence, take: int) -> Iterator[PageUpdate]:
+        """Tells the device of the pages that this step begins to use: as many as a bucket has room for."""
+        assert sequence.row is not None
+        needed = -(-(sequence.num_computed + take) // self.config.page_size)
+        for group, pages in enumerate(sequence.pages):
+            for index in range(sequence.num_pages_told[group], needed):
+                yield PageUpdate(group, sequence.row, index, pages[index])
+            sequence.num_pages_told[group] = max(needed, sequence.num_pages_told[group])
+
+    def _plan_sequence(self, sequence: Sequence, take: int) -> SequencePlan:
+        assert sequence.row is not None
+        start, stop = sequence.num_computed, sequence.num_computed + take
+        samples = stop == sequence.num_known + sequence.num_in_flight
+        sequence.num_computed = stop
+        sequence.num_in_flight += samples
+        sequence.is_new_to_row = False
+        sampling = sequence.request.sampling
+        num_generated = stop - sequence.num_prompt_tokens
+        is_stop_forbidden = samples and num_generated < sampling.min_tokens
+        return SequencePlan(
+            request_id=sequence.request_id,
+            row=sequence.row,
+            start=start,
+            num_tokens=take,
+            token_ids=tuple(sequence.token_ids[start:stop]),
+            samples=samples,
+            num_logprobs=-1 if sampling.logprobs is None else sampling.logprobs,
+            forbidden=tuple(sorted(sequence.request.stop_token_ids)) if is_stop_forbidden else (),
+        )
+
+    # --- commit -----------------------------------------------------------------------------------------------------
+
+    def commit(self, result: StepResult) -> list[Committed]:
+        """Adds a step's tokens to their sequences and ends those that are done; tokens of ended sequences are dropped."""
+        committed = []
+        for sequence in self._sampling_in.pop(result.step):
+            request_id = sequence.request_id
+            if self._sequences.get(request_id) is not sequence:
+                continue  # ended meanwhile; the id may even belong to another request by now
+            token = result.tokens[request_id]
+            sequence.num_in_flight -= 1
+            if request_id in result.nonfinite:
+                self.finish(request_id)
+                committed.append(Committed(request_id, token, "error", is_nonfinite=True))
+                continue
+            sequence.token_ids.append(token.token_id)
+            reason, stop_reason = self._finish_reason(sequence, token.token_id)
+            if reason is not None:
+                self.finish(request_id)
+            committed.append(Committed(request_id, token, reason, stop_reason))
+        return committed
+
+    def _finish_reason(self, sequence: Sequence, token_id: int) -> tuple[str | None, int | None]:
+        request = sequence.request
+        if sequence.num_generated >= request.sampling.min_tokens and token_id in request.stop_token_ids:
+            is_own = token_id in (request.sampling.stop_token_ids or ())
+            return "stop", token_id if is_own else None
+        if sequence.num_known >= sequence.max_total_len:
+            return "length", None
+        return None, None
+
+    # --- the books --------------------------------------------------------------------------------------------------
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_free_pages(self) -> int:
+        return min(pool.num_free for pool in self.pools)
+
+    def request_ids(self) -> Iterable[str]:
+        return tuple(self._sequences)
+
+    def check_integrity(self) -> None:
+        """Raises IntegrityError unless pages, rows and sequences add up."""
+        for group, pool in enumerate(self.pools):
+            pool.check_integrity(page for s in self._running for page in s.pages[group])
+        rows = sorted([*self._free_rows, *(s.row for s in self._running if s.row is not None)])
+        if rows != list(range(self.config.max_num_seqs)):
+            raise IntegrityError(f"rows are lost or held twice: {rows}")
+        listed = sorted(s.request_id for s in [*self._running, *self._waiting])
+        if listed != sorted(self._sequences):
+            raise IntegrityError(f"sequences are lost or listed twice: {listed} against {sorted(self._sequences)}")
+
+
+def _row_sampling(request: Request) -> RowSampling:
+    sampling = request.sampling
+    temperature = 0.0 if sampling.is_greedy else max(sampling.temperature, 0.01)
+    return RowSampling(temperature, max(sampling.top_k, 0), sampling.top_p, sampling.min_p, request.key)

@@ -1,0 +1,64 @@
+"""What the scheduler knows of one request: its tokens, how far they are computed, the row and pages it holds."""
+
+from dataclasses import dataclass, field
+
+from jaxserve.request import Request
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """A request on its way.
+
+    Attributes:
+        token_ids: prompt and committed output.
+        num_computed: positions whose keys and values are, or will be by steps already dispatched, in pages.
+        num_in_flight: tokens sampled by dispatched steps and not committed yet; at most one.
+        row: the row it holds while running; None otherwise.
+        pages: page ids by group, in order of position.
+        num_pages_told: entries of the block table that the device has been told, a group.
+        arrival: order of arrival.
+        num_skips: steps in which it could have started but for want of pages.
+    """
+
+    request: Request
+    arrival: int
+    max_total_len: int
+    token_ids: list[int]
+    pages: list[list[int]]
+    num_pages_told: list[int]
+    num_computed: int = 0
+    num_in_flight: int = 0
+    row: int | None = None
+    num_skips: int = 0
+    num_preemptions: int = 0
+    is_new_to_row: bool = field(default=False)
+
+    @property
+    def request_id(self) -> str:
+        return self.request.request_id
+
+    @property
+    def num_known(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.request.prompt_token_ids)
+
+    @property
+    def num_generated(self) -> int:
+        return self.num_known - self.num_prompt_tokens
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Sorts by who goes first: lower priority value, then earlier arrival."""
+        return self.request.priority, self.arrival
+
+    @property
+    def num_to_compute(self) -> int:
+        """Tokens that the next step could compute: all that exist but for those computed.
+
+        Zero when the tokens in flight are certain to be the last.
+        """
+        total = self.num_known + self.num_in_flight
+        return 0 if total >= self.max_total_len else total - self.num_computed

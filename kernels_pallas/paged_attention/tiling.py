@@ -1,0 +1,59 @@
+"""Tile sizes of ragged paged attention: which exist, and the measured defaults in `tuned.json`.
+
+Without jax, because the scheduler budgets with split_size and query_tile. A change of `split_size` changes the bits of
+every context longer than the smaller of the two values; a change of the others must not change bits on a CPU.
+"""
+
+import dataclasses
+import functools
+import json
+import pathlib
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """Static sizes of one attention program; hashable, part of the compile key. Build it with `default_tiling`."""
+
+    split_size: int = 128
+    """KV tokens of a work item; ranges start at its multiples. A multiple of the page size (and of 128 on a CPU)."""
+    query_tile: int = 64
+    """Query tokens of a prefill tile."""
+    decode_block: int = 4
+    """xla: decode items that are computed at once."""
+    kv_block: int = 64
+    """triton: KV tokens of one pipelined step inside a split."""
+    decode_num_warps: int = 4
+    """triton: warps of a decode program."""
+    decode_num_stages: int = 3
+    """triton: software pipeline depth; pages are an indirect load, so (num_stages - 1) // 2 tiles are in flight."""
+    prefill_num_warps: int = 4
+    """triton: warps of a prefill program."""
+    prefill_num_stages: int = 3
+    """triton: as `decode_num_stages`."""
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"Tiling.{field.name} must be a positive integer, got {value!r}")
+
+
+@functools.cache
+def _tuned() -> list[dict]:
+    return json.loads((pathlib.Path(__file__).parent / "tuned.json").read_text())["entries"]
+
+
+def default_tiling(platform: str, *, num_q_heads: int, num_kv_heads: int, head_dim: int, page_size: int) -> Tiling:
+    """Returns the tuned tiling of a platform ("cpu", "gpu"; any other takes the CPU's) and a model's shape.
+
+    The first entry of `tuned.json` whose `platform` and `max_head_dim` fit gives the sizes. A split is enlarged to whole
+    pages; on a GPU the query tile is what fills `prefill_rows` rows of the matrix unit with the heads of one KV head.
+    """
+    platform = "gpu" if platform in ("gpu", "cuda", "rocm") else "cpu"
+    entry = next(e for e in _tuned() if e["platform"] == platform and head_dim <= e["max_head_dim"])
+    sizes = dict(entry["tiling"])
+    sizes["split_size"] = -(-sizes["split_size"] // page_size) * page_size
+    if "prefill_rows" in entry:
+        group_rows = 1 << (num_q_heads // num_kv_heads - 1).bit_length()
+        sizes["query_tile"] = max(entry["prefill_rows"] // group_rows, 1)
+    return Tiling(**sizes)

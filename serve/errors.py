@@ -1,0 +1,109 @@
+"""From an exception to the one gRPC status that answers it, with google.rpc details.
+
+Knows the tree of `jaxserve.errors` and the table in `jaxserve.proto`; knows nothing of requests. A new error class needs a line
+in `_CODES`.
+"""
+
+import logging
+import random
+import re
+import uuid
+
+import grpc
+from google.protobuf import any_pb2, duration_pb2
+from google.protobuf.message import Message
+from google.rpc import error_details_pb2, status_pb2
+
+from jaxserve import errors
+
+log = logging.getLogger(__name__)
+
+MAX_MESSAGE_CHARS = 1024
+"""Longest text of a status: it travels in HTTP/2 headers, of which a client takes 8 KB, percent-encoded [characters]."""
+
+RETRY_ELSEWHERE_S = 1.0
+"""Retry hint of a server that drains: long enough for a balancer to have noticed [s]."""
+
+
+class MalformedRequestError(errors.JaxserveError):
+    """Bytes that are not the protobuf message that the method takes."""
+
+
+class DuplicateRequestError(errors.JaxserveError):
+    """A request id that belongs to a running request."""
+
+
+class NoTokenizerError(errors.JaxserveError):
+    """Text for, or from, an engine that has no tokenizer."""
+
+
+class WrongModelError(errors.JaxserveError):
+    """A model that is not the one served here."""
+
+
+_CODES: dict[type[Exception], grpc.StatusCode] = {
+    errors.InvalidRequestError: grpc.StatusCode.INVALID_ARGUMENT,
+    MalformedRequestError: grpc.StatusCode.INVALID_ARGUMENT,
+    DuplicateRequestError: grpc.StatusCode.ALREADY_EXISTS,
+    WrongModelError: grpc.StatusCode.NOT_FOUND,
+    NoTokenizerError: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.ModelNotFoundError: grpc.StatusCode.NOT_FOUND,
+    errors.CheckpointError: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.ConfigError: grpc.StatusCode.FAILED_PRECONDITION,
+    errors.OverloadedError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    errors.DrainingError: grpc.StatusCode.UNAVAILABLE,
+    errors.EngineDeadError: grpc.StatusCode.UNAVAILABLE,
+    errors.IntegrityError: grpc.StatusCode.INTERNAL,
+    errors.JaxserveError: grpc.StatusCode.INTERNAL,
+}
+
+
+def code_of(error: Exception) -> grpc.StatusCode:
+    """The status code of an error: that of its nearest class with one; INTERNAL for what nobody raised on purpose."""
+    for kind in type(error).__mro__:
+        if kind in _CODES:
+            return _CODES[kind]
+    return grpc.StatusCode.INTERNAL
+
+
+def status_of(error: Exception) -> status_pb2.Status:
+    """The status that answers an error.
+
+    An INTERNAL one says no more than an id: its cause goes to the log, under the same id.
+    """
+    code = code_of(error)
+    if code is grpc.StatusCode.INTERNAL:
+        error_id = uuid.uuid4().hex[:12]
+        log.error("error_id=%s", error_id, exc_info=error)
+        return _status(code, f"A fault of the server; its log has the cause under error_id={error_id}.")
+    details: list[Message] = []
+    if isinstance(error, errors.InvalidRequestError):
+        violation = error_details_pb2.BadRequest.FieldViolation(field=error.parameter, description=_shown(str(error)))
+        details.append(error_details_pb2.BadRequest(field_violations=[violation]))
+    elif isinstance(error, errors.OverloadedError):
+        details.append(_retry(error.retry_after_s))
+    elif code is grpc.StatusCode.UNAVAILABLE:
+        details.append(_retry(RETRY_ELSEWHERE_S))
+    return _status(code, _shown(str(error)), details)
+
+
+def _status(code: grpc.StatusCode, message: str, details: list[Message] | None = None) -> status_pb2.Status:
+    packed = []
+    for detail in details or ():
+        packed.append(any_pb2.Any())
+        packed[-1].Pack(detail)
+    return status_pb2.Status(code=code.value[0], message=message, details=packed)
+
+
+def _retry(after_s: float) -> error_details_pb2.RetryInfo:
+    """Jittered by a fifth, so that clients refused together do not come back together."""
+    after_s *= random.uniform(0.8, 1.2)
+    delay = duration_pb2.Duration()
+    delay.FromMilliseconds(max(1, round(after_s * 1000)))
+    return error_details_pb2.RetryInfo(retry_delay=delay)
+
+
+def _shown(text: str) -> str:
+    """The text without lone surrogates and control characters, which protobuf and terminals do not take, and not too long."""
+    text = re.sub(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]", "\N{REPLACEMENT CHARACTER}", text)
+    return text if len(text) <= MAX_MESSAGE_CHARS else text[: MAX_MESSAGE_CHARS - 1] + "…"

@@ -1,0 +1,1 @@
+"""The protos whose wire package begins with `jaxserve`."""

@@ -1,0 +1,106 @@
+"""How every test runs: on 8 CPU devices, strictly, offline, and within the time its package may take.
+
+Three tables say what is tolerated, and a run fails on anything beyond them: `BUDGETS_S`, `EXPECTED_SKIPS`, and the warning
+filters in pyproject.toml.
+"""
+
+import os
+import pathlib
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+# Before anything imports jax, and through the environment, so that the processes that tests start are as strict.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["JAX_NUM_CPU_DEVICES"] = "8"
+os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+os.environ["HF_HUB_OFFLINE"] = "1"
+# XLA reads this once: a kernel compiled for a GPU that is not there must fit into its registers.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_fail_ptx_compilation_on_register_spilling=true".strip()
+
+BUDGETS_S = {
+    "examples": 60.0,
+    "jaxserve": 240.0,
+    "jaxserve/scheduling": 20.0,
+    "jaxserve/tokenization": 20.0,
+    "kernels_pallas": 120.0,
+    "repository": 30.0,
+    "serve": 60.0,
+    "sharding": 45.0,
+}
+"""Wall time that the tests below tests/<key> may take together [s]; the longest key counts. All of it: under 10 minutes."""
+
+EXPECTED_SKIPS = {
+    r"could not import '(torch|transformers)'": sys.version_info >= (3, 12),
+}
+"""Pattern of a skip's reason -> whether it is expected here.
+
+torch, transformers: the oracle of the parity tests is installed on Python 3.11 alone. What it checks, our arithmetic, does not
+depend on the interpreter, and it would double the size of the second environment (2026-11-23).
+"""
+
+
+class _Ledger:
+    """What the run has used up, and what it skipped. One a run, owned by the plugin hooks below."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.num_tests: dict[str, int] = defaultdict(int)
+        self.unexpected_skips: list[str] = []
+
+    def package_of(self, path: str) -> str:
+        folder = path.removeprefix("tests/")
+        matches = [key for key in BUDGETS_S if folder.startswith(f"{key}/")]
+        return max(matches, key=len, default="(no budget)")
+
+    def over_budget(self) -> list[str]:
+        return [key for key, seconds in self.seconds.items() if seconds > BUDGETS_S.get(key, 0.0)]
+
+    def note_skip(self, nodeid: str, reason: str) -> None:
+        if not any(expected and re.search(pattern, reason) for pattern, expected in EXPECTED_SKIPS.items()):
+            self.unexpected_skips.append(f"{nodeid}: {reason}")
+
+
+_ledger = _Ledger()
+
+
+def _reason(report: pytest.TestReport | pytest.CollectReport) -> str:
+    return report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if "slow" not in report.keywords:
+        package = _ledger.package_of(report.location[0])
+        _ledger.seconds[package] += report.duration
+        _ledger.num_tests[package] += report.when == "call"
+    if report.skipped and not hasattr(report, "wasxfail"):
+        _ledger.note_skip(report.nodeid, _reason(report))
+
+
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    if report.skipped:
+        _ledger.note_skip(report.nodeid, _reason(report))
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> Iterator[None]:
+    if exitstatus == pytest.ExitCode.OK and (_ledger.over_budget() or _ledger.unexpected_skips):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+    return (yield)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    over_budget = _ledger.over_budget()
+    terminalreporter.section("time by package (slow tests not counted)")
+    for key in sorted(_ledger.seconds):
+        mark = "  OVER BUDGET" if key in over_budget else ""
+        row = f"{key:24} {_ledger.num_tests[key]:5} tests {_ledger.seconds[key]:7.1f} s of {BUDGETS_S.get(key, 0.0):5.0f} s"
+        terminalreporter.line(row + mark, red=bool(mark))
+    for skip in _ledger.unexpected_skips:
+        terminalreporter.line(f"UNEXPECTED SKIP {skip} (EXPECTED_SKIPS in tests/conftest.py)", red=True)
