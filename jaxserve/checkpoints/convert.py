@@ -1,10 +1,11 @@
 """Hugging Face directory to Orbax directory and back: the work behind `jaxserve convert`.
 
-Streams: the process holds one group of tensors (`orbax_store.GROUP_BYTES`, or one larger tensor) and what Orbax copies of it,
-whatever the size of the model. Knows what is copied beside the tensors. Does not know how either format lies on disk. Holds
-no state.
+Streams: the process holds one group of tensors (`orbax_store.GROUP_BYTES`, or one larger tensor) and what Orbax copies of
+it, whatever the size of the model. Knows what is copied beside the tensors. Does not know how either format lies on disk.
+Holds no state.
 """
 
+import json
 import os
 import shutil
 import sys
@@ -102,9 +103,7 @@ def convert(
     try:
         with bar:
             if to == "orbax":
-                orbax_store.save_from(
-                    destination, tensors, config_bytes, files, overwrite=overwrite, on_bytes=bar.update
-                )
+                orbax_store.save_from(destination, tensors, config_bytes, files, overwrite=overwrite, on_bytes=bar.update)
             else:
                 huggingface_writer.write_from(
                     destination,
@@ -153,7 +152,5 @@ def _check_space(destination: Path, num_bytes: int) -> None:
 
 
 def _with_dtype(config: dict[str, Any], dtype: str) -> bytes:
-    import json
-
     field = "dtype" if "dtype" in config else "torch_dtype"  # transformers 5 and 4
     return (json.dumps(config | {field: dtype}, indent=2) + "\n").encode()

@@ -44,9 +44,9 @@ def member(root: Path, name: str) -> Path:
     if real.is_relative_to(real_root):
         return real
     snapshots = real_root.parent
-    if snapshots.name == "snapshots" and snapshots.parent.name.startswith("models--"):
-        if real.parent == snapshots.parent / "blobs":
-            return real
+    is_in_cache = snapshots.name == "snapshots" and snapshots.parent.name.startswith("models--")
+    if is_in_cache and real.parent == snapshots.parent / "blobs":
+        return real
     raise CheckpointError(
         f"{root / name} is a link to {real}, outside the model directory; copy the file itself into {root}."
     )

@@ -84,9 +84,7 @@ def load(
     return arrays
 
 
-def _place(
-    source: "HuggingFaceSource", parameter: Parameter, target: jax.ShapeDtypeStruct, pool: Executor
-) -> jax.Array:
+def _place(source: "HuggingFaceSource", parameter: Parameter, target: jax.ShapeDtypeStruct, pool: Executor) -> jax.Array:
     """Reads the smallest box that holds all of this host's shards, once, and hands out its parts."""
     shape = parameter.shape
     sharding = target.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -152,9 +150,7 @@ class HuggingFaceSource:
             self._check_tied(tensors)
             tensors = {name: tensor for name, tensor in tensors.items() if name != _HEAD}
         tensors = {
-            name: tensor
-            for name, tensor in tensors.items()
-            if name in by_name or not name.endswith(IGNORED_SUFFIXES)
+            name: tensor for name, tensor in tensors.items() if name in by_name or not name.endswith(IGNORED_SUFFIXES)
         }
         expected = [Parameter(p.huggingface_name, p.huggingface_shape, p.axes) for p in by_name.values()]
         check_complete(expected, {name: tensor.shape for name, tensor in tensors.items()}, str(self._root))

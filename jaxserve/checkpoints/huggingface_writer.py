@@ -94,9 +94,7 @@ def write_from(
     return held
 
 
-def _split(
-    parameters: Sequence[Parameter], specs: Mapping[str, TensorSpec], max_shard_bytes: int
-) -> list[list[Parameter]]:
+def _split(parameters: Sequence[Parameter], specs: Mapping[str, TensorSpec], max_shard_bytes: int) -> list[list[Parameter]]:
     shards: list[list[Parameter]] = [[]]
     size = 0
     for parameter in parameters:

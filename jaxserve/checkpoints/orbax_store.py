@@ -1,7 +1,7 @@
 """A self-contained Orbax directory: parameters, configuration, tokenizer, and a manifest that notices damage.
 
     config.json, tokenizer files, chat template, generation_config.json     as Hugging Face wrote them
-    params/                                                                 an Orbax v1 checkpoint of the nested canonical tree
+    params/                                                                 an Orbax v1 checkpoint, nested canonical tree
     manifest.json                                                           see `manifest`
 
 `orbax.checkpoint.v1.load(path / "params")` reads the parameters without jaxserve. Knows Orbax. Does not know model families
@@ -29,7 +29,7 @@ from jaxserve.models.weights import Parameter, check_complete, flatten, unflatte
 PARAMS = "params"
 
 GROUP_BYTES = 256 << 20  # written or read in one Orbax call; a larger tensor is a group of its own
-# One chunk is read whole for any part of it. Without a limit a tensor is one chunk, and each of 8 shards would read all of it.
+# A chunk is read whole for any part of it. Without a limit a tensor is one chunk, and each of 8 shards would read all of it.
 _CHUNK_BYTES = 16 << 20
 _CONCURRENT_BYTES = 1 << 30
 
@@ -117,9 +117,7 @@ def verify(path: str | Path) -> Manifest:
     return manifest
 
 
-def load(
-    path: str | Path, abstract: Mapping[str, jax.ShapeDtypeStruct], *, verify: bool = True
-) -> dict[str, jax.Array]:
+def load(path: str | Path, abstract: Mapping[str, jax.ShapeDtypeStruct], *, verify: bool = True) -> dict[str, jax.Array]:
     """Restores parameters straight to their shards.
 
     Args:

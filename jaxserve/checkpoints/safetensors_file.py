@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from jaxserve.checkpoints import directory
 from jaxserve.checkpoints.source import FLOATS, TensorSpec, cast
@@ -82,12 +81,14 @@ def read_header(path: Path, shown: Path) -> dict[str, StoredTensor]:
     """
     refuse_pickle(path, shown)
     try:
+        from safetensors import SafetensorError, safe_open  # the engine core runs where it is not installed
+    except ImportError as error:
+        raise CheckpointError(f"{shown} needs the package safetensors; install it with pip.") from error
+    try:
         with safe_open(str(path), framework="numpy"):
             pass
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{shown} is not a complete safetensors file ({error}); copy or download it again."
-        ) from error
+        raise CheckpointError(f"{shown} is not a complete safetensors file ({error}); copy or download it again.") from error
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = directory.parse_json(file.read(length), f"{shown} (header)")

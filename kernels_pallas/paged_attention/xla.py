@@ -16,6 +16,10 @@ MIN_DOT_ROWS = 2
 """Fewest query rows in a dot. XLA:CPU computes one row by a matrix-vector routine that adds in another order: measured,
 jax 0.10.2, a row's bits are those of a 192-row dot from 2 rows up, and differ at 1."""
 
+MIN_SUM_ELEMENTS = 4096
+"""Fewest elements of a block's scores. XLA:CPU sums an array's last axis by another routine, with other bits, from 4096
+elements in all (measured on jax 0.10.2, 0.11.2 and 0.12.0.1: 31 rows of 128 differ from 3072 rows, 32 do not)."""
+
 
 def paged_attention_xla(
     q_TNH: jax.Array,
@@ -141,8 +145,9 @@ def _nothing_seen(*shape):
 def _decode(q_TNH, out_TNH, batch, sinks_N, attend):
     """Attends the one-token sequences: partials of every item, block by block, then their combine by token."""
     _, N, H = q_TNH.shape
-    K, B = attend.num_kv_heads, attend.tiling.decode_block
+    K = attend.num_kv_heads
     M = max(N // K, MIN_DOT_ROWS)
+    B = max(attend.tiling.decode_block, -(-MIN_SUM_ELEMENTS // (K * M * attend.tiling.split_size)))
     first_D1 = batch.decode_first_D1
     D = first_D1.shape[0] - 1
     if D + attend.tiling.query_tile > out_TNH.shape[0]:

@@ -1,0 +1,169 @@
+"""From a wire request to one whose every field is known to be in range, or an error that names the field as the proto does.
+
+Knows the proto and the limits that stand in its comments. What depends on the model (prompt length, vocabulary) is checked by
+`RequestFactory`; `located` gives those errors the proto's path too.
+"""
+
+import re
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from jaxserve.errors import InvalidRequestError
+from jaxserve.request import SamplingParams
+from serve.errors import WrongModelError
+from serve.protos.jaxserve.v1 import jaxserve_pb2
+
+MAX_STOP_STRINGS = 16
+MAX_STOP_CHARS = 256
+MAX_STOP_TOKEN_IDS = 128
+MAX_ABORT_IDS = 1024
+REQUEST_ID_METADATA = "x-request-id"
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+
+_OPTIONAL = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "seed",
+    "ignore_eos",
+    "max_tokens",
+    "min_tokens",
+    "logprobs",
+    "skip_special_tokens",
+    "include_stop_str_in_output",
+    "detokenize",
+)
+"""Fields of the wire's SamplingParams that are named alike in ours, and tell unset from zero."""
+
+_SAMPLING = frozenset(jaxserve_pb2.SamplingParams.DESCRIPTOR.fields_by_name)
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateCall:
+    """A validated GenerateRequest.
+
+    Attributes:
+        prompt: a text, or token ids.
+    """
+
+    request_id: str
+    prompt: str | tuple[int, ...]
+    sampling: SamplingParams
+    priority: int
+    add_special_tokens: bool
+    parse_special_tokens: bool
+
+
+def generate_call(
+    request: jaxserve_pb2.GenerateRequest,
+    metadata: Sequence[tuple[str, str | bytes]],
+    *,
+    model_name: str,
+    max_model_len: int,
+) -> GenerateCall:
+    """Validates a request.
+
+    Raises:
+        InvalidRequestError: names the field by its path in the proto.
+        WrongModelError: it is meant for another model.
+    """
+    if request.model and request.model != model_name:
+        raise WrongModelError(f"model {request.model[:80]!r} is not served here; this is {model_name!r}.")
+    return GenerateCall(
+        request_id=_request_id(request.request_id, metadata),
+        prompt=_prompt(request, max_model_len),
+        sampling=sampling_params(request.sampling),
+        priority=request.priority,
+        add_special_tokens=_flag(request, "add_special_tokens", True),
+        parse_special_tokens=_flag(request, "parse_special_tokens", False),
+    )
+
+
+def sampling_params(wire: jaxserve_pb2.SamplingParams) -> SamplingParams:
+    """Unset fields take the defaults of `jaxserve.SamplingParams`."""
+    if wire.logprobs_mode not in jaxserve_pb2.LogprobsMode.values():
+        raise InvalidRequestError("sampling.logprobs_mode", wire.logprobs_mode, "a known LogprobsMode")
+    if len(wire.stop) > MAX_STOP_STRINGS:
+        raise InvalidRequestError("sampling.stop", f"{len(wire.stop)} strings", f"at most {MAX_STOP_STRINGS} strings")
+    for text in wire.stop:
+        if len(text) > MAX_STOP_CHARS:
+            raise InvalidRequestError(
+                "sampling.stop", f"a string of {len(text)} characters", f"strings of at most {MAX_STOP_CHARS} characters"
+            )
+    if len(wire.stop_token_ids) > MAX_STOP_TOKEN_IDS:
+        raise InvalidRequestError(
+            "sampling.stop_token_ids", f"{len(wire.stop_token_ids)} ids", f"at most {MAX_STOP_TOKEN_IDS} ids"
+        )
+    given = {name: getattr(wire, name) for name in _OPTIONAL if wire.HasField(name)}
+    try:
+        return SamplingParams(stop=list(wire.stop), stop_token_ids=list(wire.stop_token_ids), **given)
+    except InvalidRequestError as error:
+        raise located(error) from None
+
+
+def abort_ids(request: jaxserve_pb2.AbortRequest) -> list[str]:
+    """The ids, at least one and each of them once, in the order given."""
+    if not 1 <= len(request.request_ids) <= MAX_ABORT_IDS:
+        raise InvalidRequestError("request_ids", f"{len(request.request_ids)} ids", f"1 to {MAX_ABORT_IDS} ids")
+    return list(dict.fromkeys(request.request_ids))
+
+
+def flag(request: jaxserve_pb2.TokenizeRequest | jaxserve_pb2.DetokenizeRequest, name: str, default: bool) -> bool:
+    """An optional bool's value, or its default."""
+    return getattr(request, name) if request.HasField(name) else default
+
+
+def located(error: InvalidRequestError, prompt_path: str = "text") -> InvalidRequestError:
+    """The same error, its parameter spelled as the field's path in the proto.
+
+    Args:
+        prompt_path: which field of the oneof `prompt` was set.
+    """
+    name = error.parameter
+    if name in ("prompt", "prompt_token_ids"):
+        path = prompt_path
+    elif name in _SAMPLING:
+        path = f"sampling.{name}"
+    else:
+        return error
+    error.args = (path + str(error).removeprefix(name),)
+    error.parameter = path
+    return error
+
+
+def _prompt(request: jaxserve_pb2.GenerateRequest, max_model_len: int) -> str | tuple[int, ...]:
+    which = request.WhichOneof("prompt")
+    if which is None:
+        raise InvalidRequestError("prompt", None, "set: exactly one of text and token_ids")
+    if which == "text":
+        if not request.text:
+            raise InvalidRequestError("text", "", "at least one character long")
+        return request.text
+    ids = request.token_ids.ids
+    if not 1 <= len(ids) < max_model_len:  # before the copy: 8 MB are millions of ids
+        raise InvalidRequestError(
+            "token_ids.ids",
+            f"{len(ids)} ids",
+            f"at least 1 and fewer than max_model_len ({max_model_len}) ids, so that at least one token can follow",
+        )
+    return tuple(ids)
+
+
+def _flag(request: jaxserve_pb2.GenerateRequest, name: str, default: bool) -> bool:
+    if not request.HasField(name):
+        return default
+    if request.WhichOneof("prompt") == "token_ids":
+        raise InvalidRequestError(name, getattr(request, name), "unset with token_ids, which are taken as they are")
+    return getattr(request, name)
+
+
+def _request_id(field: str, metadata: Sequence[tuple[str, str | bytes]]) -> str:
+    sent = [str(value) for key, value in metadata if key == REQUEST_ID_METADATA]
+    if len(set(sent)) > 1 or (field and sent and sent[0] != field):
+        raise InvalidRequestError("request_id", field or sent, f"equal to the {REQUEST_ID_METADATA} metadata, or alone")
+    request_id = field or (sent[0] if sent else uuid.uuid4().hex)
+    if not _REQUEST_ID.fullmatch(request_id):
+        raise InvalidRequestError("request_id", request_id, "1 to 128 characters out of A-Z a-z 0-9 . _ : -")
+    return request_id
