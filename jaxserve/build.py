@@ -90,7 +90,9 @@ def build(config: EngineConfig, *, source: ModelSource | None = None, show_progr
     started = time.monotonic()
     compilations = process_counter()
     _use_compilation_cache(config.compilation_cache_dir)
-    source = source or find_model(config.model, config.tokenizer, config.revision)
+    source = source or find_model(
+        config.model, config.tokenizer, revision=config.revision, skip_tokenizer=config.skip_tokenizer_init
+    )
     platform = _platform()
     model = _make_model(config, source, platform)
     mesh = make_mesh(_parallelism(config, model), _devices(config))
@@ -114,7 +116,7 @@ def build(config: EngineConfig, *, source: ModelSource | None = None, show_progr
     ready = time.monotonic()
     return BuiltEngine(
         client=client,
-        requests=RequestFactory(resolved, source.tokenizer),
+        requests=RequestFactory(resolved, source.tokenizer, source.eos_token_ids),
         tokenizer=source.tokenizer,
         config=resolved,
         runner=runner,

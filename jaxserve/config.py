@@ -17,6 +17,7 @@ class EngineConfig:
     Attributes:
         model: a directory (Orbax or Hugging Face), a Hub id, "toy", or None for the embedded model.
         tokenizer: a directory with tokenizer files; None takes the model's own.
+        skip_tokenizer_init: no tokenizer: token ids in, token ids out.
         tensor_parallel_size: devices that share one model.
         dtype: of parameters and activations; "auto" is bfloat16 on a GPU and float32 on a CPU.
         max_model_len: longest prompt plus output [tokens].
@@ -35,6 +36,7 @@ class EngineConfig:
 
     model: str | None = None
     tokenizer: str | None = None
+    skip_tokenizer_init: bool = False
     tensor_parallel_size: int = 1
     dtype: str = "auto"
     max_model_len: int | None = None

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from jaxserve.engine_client import EngineStats
-from jaxserve.errors import InvalidRequestError, JaxserveError
+from jaxserve.errors import IntegrityError, InvalidRequestError, JaxserveError
 from jaxserve.outputs import Logprob, RequestTimings, TokenDelta, TokenLogprobs
 from jaxserve.plan import SampledToken, StepPlan, StepResult
 from jaxserve.request import Request
@@ -95,6 +95,8 @@ class Engine:
         """Dispatches the next step, then returns what the one before it made."""
         plan = self._scheduler.plan()
         previous = self._in_flight
+        if plan is None and previous is None and self._streams:
+            raise IntegrityError(f"nothing can be computed for any of {len(self._streams)} requests: the engine would hang")
         self._in_flight = None
         if plan is not None:
             self._in_flight = self._runner.dispatch(plan)

@@ -1,5 +1,6 @@
 """The one thread that owns an engine, and the `EngineClient` through which everybody else talks to it (ADR 0002)."""
 
+import contextlib
 import dataclasses
 import queue
 import threading
@@ -93,8 +94,7 @@ class EngineThread:
 
     def _run(self) -> None:
         try:
-            while not self._is_closed or self._engine.has_work:
-                self._take_commands()
+            while self._take_commands():
                 if self._engine.has_work:
                     self._deliver(self._engine.step())
         except BaseException as error:  # every waiting caller must hear of it, whatever it is
@@ -102,15 +102,15 @@ class EngineThread:
         finally:
             self._idle.set()
 
-    def _take_commands(self) -> None:
-        """Runs what is in the inbox; sleeps on it when there is nothing else to do."""
+    def _take_commands(self) -> bool:
+        """Runs what is in the inbox; sleeps on it when there is nothing else to do. Returns False at the end."""
         if not self._engine.has_work and self._inbox.empty():
-            self._become_idle()
-            if self._is_closed:
-                return
+            if self._become_idle():
+                return False
             self._obey(self._inbox.get())
         while not self._inbox.empty():
             self._obey(self._inbox.get())
+        return True
 
     def _obey(self, command: _Submit | _Abort) -> None:
         if isinstance(command, _Submit):
@@ -119,23 +119,27 @@ class EngineThread:
             ids = self._engine.request_ids() if command.request_ids is None else command.request_ids
             self._deliver(self._engine.abort(ids))
 
-    def _become_idle(self) -> None:
+    def _become_idle(self) -> bool:
+        """Checks the books; returns whether the engine is closed and nothing can come any more."""
         self._engine.check_integrity()
         self._stats = self._engine.stats()
-        with self._gate:
-            if self._inbox.empty():
-                self._idle.set()
+        with self._gate:  # what was submitted before close() stands in the inbox by now
+            if not self._inbox.empty():
+                return False
+            self._idle.set()
+            return self._is_closed
 
     def _deliver(self, deltas: list[TokenDelta]) -> None:
         """Tells each listener of its requests' deltas, in one call."""
         self._stats = self._engine.stats()
         batches: dict[Listener, list[TokenDelta]] = {}
         for delta in deltas:
-            finished = delta.finish_reason is not None
-            listener = self._listeners.pop(delta.request_id) if finished else self._listeners[delta.request_id]
-            batches.setdefault(listener, []).append(delta)
+            batches.setdefault(self._listeners[delta.request_id], []).append(delta)
         for listener, batch in batches.items():
             listener(batch)
+            for delta in batch:  # not before: if a listener raises, the others' requests must still be known to _die
+                if delta.finish_reason is not None:
+                    del self._listeners[delta.request_id]
 
     def _die(self, error: BaseException) -> None:
         """Tells every waiting caller, those whose request was not even taken in included."""
@@ -150,4 +154,5 @@ class EngineThread:
         for request_id, listener in waiting:
             dead = EngineDeadError("The engine has stopped after an error; start a new one.")
             dead.__cause__ = error
-            listener([TokenDelta(request_id, "", [], finish_reason="error", error=dead)])
+            with contextlib.suppress(Exception):  # one that raises must not keep the rest from hearing
+                listener([TokenDelta(request_id, "", [], finish_reason="error", error=dead)])

@@ -17,7 +17,7 @@ from jaxserve.errors import ConfigError, InvalidRequestError
 from jaxserve.model_source import own_model
 from jaxserve.outputs import CompletionOutput, RequestOutput, TokenDelta
 from jaxserve.request import Request, SamplingParams
-from jaxserve.tokenization.chat_template import render_chat
+from jaxserve.tokenization.chat_template import encode_chat
 from jaxserve.tokenization.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
@@ -133,14 +133,14 @@ class LLM:
         tokenizer = self.get_tokenizer()
         requests = []
         for conversation, sampling in zip(conversations, params, strict=True):
-            text = render_chat(
-                chat_template or tokenizer.chat_template,
-                list(conversation),
-                tokenizer=tokenizer,
+            token_ids = encode_chat(
+                tokenizer,
+                conversation,
+                chat_template=chat_template,
                 add_generation_prompt=add_generation_prompt,
                 **(chat_template_kwargs or {}),
             )
-            requests.append(self._engine.requests.make(text, sampling, add_special_tokens=False, parse_special=True))
+            requests.append(self._engine.requests.make(token_ids, sampling))
         return self._run(requests, use_tqdm)
 
     def get_tokenizer(self) -> Tokenizer:

@@ -36,8 +36,24 @@ class ModelSource:
     params: Mapping[str, Any] | None
     tokenizer: Tokenizer | None
 
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end a completion: the tokenizer's, or else what config.json names."""
+        if self.tokenizer is not None:
+            return tuple(self.tokenizer.eos_token_ids)
+        declared = self.config.get("eos_token_id")
+        if declared is None:
+            return ()
+        return (declared,) if isinstance(declared, int) else tuple(declared)
 
-def find_model(model: str | None, tokenizer: str | Tokenizer | None, revision: str | None = None) -> ModelSource:
+
+def find_model(
+    model: str | None,
+    tokenizer: str | Tokenizer | None,
+    *,
+    revision: str | None = None,
+    skip_tokenizer: bool = False,
+) -> ModelSource:
     """Returns the model of this name: None is the embedded one, "toy" the toy, else a directory or a Hub id.
 
     Raises:
@@ -54,7 +70,7 @@ def find_model(model: str | None, tokenizer: str | Tokenizer | None, revision: s
         config=directory.read_json(path, directory.CONFIG),
         path=path,
         params=None,
-        tokenizer=_tokenizer(tokenizer) or load_tokenizer(path),
+        tokenizer=None if skip_tokenizer else _tokenizer(tokenizer) or load_tokenizer(path),
     )
 
 

@@ -17,9 +17,10 @@ from jaxserve.tokenization.tokenizer import Tokenizer
 class RequestFactory:
     """Makes requests for one engine. Thread-safe; `make` on a long text takes a while, so keep it off an event loop."""
 
-    def __init__(self, config: ResolvedConfig, tokenizer: Tokenizer | None):
+    def __init__(self, config: ResolvedConfig, tokenizer: Tokenizer | None, eos_token_ids: Sequence[int] = ()):
         self._config = config
         self._tokenizer = tokenizer
+        self._eos_token_ids = frozenset(eos_token_ids)
         self._ordinals = itertools.count()
 
     @property
@@ -57,7 +58,7 @@ class RequestFactory:
         else:
             token_ids = tuple(prompt)
         self._check_prompt(token_ids)
-        eos = frozenset(self._tokenizer.eos_token_ids) if self._tokenizer else frozenset()
+        eos = self._eos_token_ids
         stops = frozenset(sampling.stop_token_ids or ())
         return Request(
             request_id=request_id or uuid.uuid4().hex,

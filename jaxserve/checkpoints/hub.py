@@ -6,13 +6,10 @@ huggingface_hub (HF_HOME, HF_HUB_CACHE).
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from types import ModuleType
 
-from jaxserve.checkpoints import directory, huggingface, manifest
+from jaxserve.checkpoints import directory, huggingface
 from jaxserve.errors import CheckpointError, ModelNotFoundError
-
-if TYPE_CHECKING:
-    import huggingface_hub
 
 ALLOWED_PATTERNS = ("*.safetensors", "*.json", "*.model", "*.jinja", "merges.txt")
 # Subdirectories hold other formats (onnx/, original/); consolidated.* is the same weights once more.
@@ -53,7 +50,7 @@ def resolve(model: str, revision: str | None = None) -> Path:
     return cached if cached is not None else _download(huggingface_hub, model, revision)
 
 
-def _cached(hub: "huggingface_hub", model: str, revision: str | None) -> Path | None:
+def _cached(hub: ModuleType, model: str, revision: str | None) -> Path | None:
     """Returns the snapshot in the cache if it has everything that loading needs; nothing is asked of the network."""
     try:
         snapshot = hub.snapshot_download(
@@ -73,7 +70,7 @@ def _is_complete(root: Path) -> bool:
     """Returns whether config.json and every file of weights is there; other programs cache single files of a repository."""
     if not (root / directory.CONFIG).exists():
         return False
-    if (root / huggingface.SINGLE).exists() or (root / manifest.NAME).exists():
+    if (root / huggingface.SINGLE).exists():
         return True
     try:
         weight_map = directory.read_json(root, huggingface.INDEX)["weight_map"]
@@ -82,7 +79,7 @@ def _is_complete(root: Path) -> bool:
         return False
 
 
-def _download(hub: "huggingface_hub", model: str, revision: str | None) -> Path:
+def _download(hub: ModuleType, model: str, revision: str | None) -> Path:
     named = model if revision is None else f"{model} at revision {revision!r}"
     errors = hub.errors
     try:
@@ -118,7 +115,7 @@ def _download(hub: "huggingface_hub", model: str, revision: str | None) -> Path:
     return root
 
 
-def _unreachable(hub: "huggingface_hub", named: str, error: Exception) -> str:
+def _unreachable(hub: ModuleType, named: str, error: Exception) -> str:
     cause = error.__cause__ or error
     response = getattr(cause, "response", None)
     status = getattr(response, "status_code", None)

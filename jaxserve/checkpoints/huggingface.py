@@ -89,14 +89,14 @@ def _place(source: "HuggingFaceSource", parameter: Parameter, target: jax.ShapeD
     shape = parameter.shape
     sharding = target.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
-    def bounds(index: tuple[slice, ...]) -> list[tuple[int, int]]:
+    def bounds(index: Any) -> list[tuple[int, int]]:
         return [s.indices(n)[:2] for s, n in zip(index, shape, strict=True)]
 
     local = [bounds(index) for index in sharding.addressable_devices_indices_map(shape).values()]
     box = [(min(b[d][0] for b in local), max(b[d][1] for b in local)) for d in range(len(shape))]
     values = source.read(parameter, tuple(slice(*b) for b in box), float_dtype(target.dtype), pool)
 
-    def part(index: tuple[slice, ...]) -> np.ndarray:
+    def part(index: Any) -> np.ndarray:
         return values[tuple(slice(b - o, e - o) for (b, e), (o, _) in zip(bounds(index), box, strict=True))]
 
     return jax.make_array_from_callback(shape, sharding, part)
@@ -152,6 +152,8 @@ class HuggingFaceSource:
         tensors = {
             name: tensor for name, tensor in tensors.items() if name in by_name or not name.endswith(IGNORED_SUFFIXES)
         }
+        for tensor in tensors.values():
+            _ = tensor.spec  # a quantised checkpoint is named as such, before its unknown names are
         expected = [Parameter(p.huggingface_name, p.huggingface_shape, p.axes) for p in by_name.values()]
         check_complete(expected, {name: tensor.shape for name, tensor in tensors.items()}, str(self._root))
         return {p.path: tensors[name] for name, p in by_name.items()}
@@ -181,15 +183,17 @@ def _read_indexed(root: Path) -> dict[str, StoredTensor]:
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise CheckpointError(f"{root / INDEX}: weight_map must map tensor names to file names.")
-    tensors: dict[str, StoredTensor] = {}
+    paths: dict[str, Path] = {}
     for file in sorted(set(weight_map.values())):
         if not file.endswith(".safetensors"):
             raise CheckpointError(
                 f"{root / INDEX} names {file!r}; only .safetensors files are read. Convert it to safetensors first."
             )
-        path = directory.member(root, file)
-        if not path.is_file():
+        paths[file] = directory.member(root, file)
+        if not paths[file].is_file():
             raise CheckpointError(f"{root / file} is missing, {INDEX} names it; copy or download it again.")
+    tensors: dict[str, StoredTensor] = {}
+    for file, path in paths.items():
         held = safetensors_file.read_header(path, root / file)
         for name in held:
             if weight_map.get(name) != file:

@@ -26,10 +26,10 @@ def detect(path: str | Path) -> Format:
     root = Path(path)
     if not root.is_dir():
         raise CheckpointError(f"{root} is not a directory.")
-    if (root / manifest.NAME).exists():
-        return "orbax"
     if (root / orbax_store.PARAMS).is_dir():
-        raise CheckpointError(f"{root} has {orbax_store.PARAMS}/ but no {manifest.NAME}; copy the checkpoint again.")
+        if not (root / manifest.NAME).exists():
+            raise CheckpointError(f"{root} has {orbax_store.PARAMS}/ but no {manifest.NAME}; copy the checkpoint again.")
+        return "orbax"
     weights = (".safetensors", ".safetensors.index.json", *huggingface.PICKLE_SUFFIXES)
     if any(p.name.endswith(weights) for p in root.iterdir()):
         return "huggingface"

@@ -8,7 +8,9 @@
 or Hugging Face tensors. Holds no state.
 """
 
+import contextlib
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -28,9 +30,12 @@ from jaxserve.models.weights import Parameter, check_complete, flatten, unflatte
 
 PARAMS = "params"
 
+StorageOptions = ocp.options.ArrayOptions.Saving.StorageOptions
+_MAX_ITEMSIZE = 4
+
 GROUP_BYTES = 256 << 20  # written or read in one Orbax call; a larger tensor is a group of its own
 # A chunk is read whole for any part of it. Without a limit a tensor is one chunk, and each of 8 shards would read all of it.
-_CHUNK_BYTES = 16 << 20
+_CHUNK_BYTES, _MIN_CHUNK_BYTES = 4 << 20, 256 << 10
 _CONCURRENT_BYTES = 1 << 30
 
 
@@ -77,13 +82,16 @@ def save_from(
             raise CheckpointError(f"{name} has dtype {spec.dtype}; allowed are {', '.join(FLOATS)}; cast it first.")
     if not specs:
         raise CheckpointError(f"{path}: there are no parameters to save.")
+    if jax.process_count() > 1:
+        raise CheckpointError(f"{path}: saving works from one process; gather the parameters to one and save them there.")
     with staged(Path(path), overwrite=overwrite) as root:
         for group in _groups(specs):
             arrays = {name: _savable(array) for name, array in source.iterate(group)}
-            with _saving():
-                ocp.partial.save(root / PARAMS, unflatten(arrays))
+            with _orbax_errors(path, "written"), _saving(max(specs[name].num_bytes for name in group)):
+                ocp.partial.save(str(root / PARAMS), unflatten(arrays))
             on_bytes(sum(specs[name].num_bytes for name in group))
-        ocp.partial.finalize(root / PARAMS)
+        with _orbax_errors(path, "written"):
+            ocp.partial.finalize(str(root / PARAMS))
         write_files(root, config, files)
         return manifests.write(
             root,
@@ -176,13 +184,48 @@ def _savable(array: Any) -> Any:
     return array if isinstance(array, jax.Array) else np.asarray(array)
 
 
-def _saving() -> ocp.Context:
+@contextlib.contextmanager
+def _orbax_errors(path: str | Path, done: str) -> Iterator[None]:
+    """Orbax raises bare `Exception` for some failures, and tensorstore ValueError for a full disk."""
+    try:
+        yield
+    except (CheckpointError, MemoryError):
+        raise
+    except Exception as error:
+        raise CheckpointError(f"{path} cannot be {done} by Orbax: {error}") from error
+
+
+def _saving(largest_bytes: int) -> ocp.Context:
     context = ocp.Context()
     context.array.saving.use_compression = False  # zstd takes 8 % off random bfloat16 and doubles the time to load
-    context.array.saving.storage_options.chunk_byte_size = _CHUNK_BYTES
+    context.array.saving.scoped_storage_options_creator = _storage_options
     context.memory.deepcopy_host_arrays = False
-    context.memory.write_concurrent_bytes = _CONCURRENT_BYTES
+    context.memory.write_concurrent_bytes = _concurrent_bytes(largest_bytes)
     return context
+
+
+def _concurrent_bytes(largest_bytes: int) -> int:
+    """Returns a limit for Orbax, which refuses a tensor that is not smaller than it (a 128,256 x 4,096 embedding is 1 GB)."""
+    return max(_CONCURRENT_BYTES, 2 * largest_bytes + 1)
+
+
+def _storage_options(key: Any, value: Any) -> StorageOptions | None:
+    """Asks for chunks of 4 MB, unless that would make tiny ones.
+
+    Orbax halves the largest dimension by its divisors until a chunk fits: a vocabulary of 151,643 (a prime) would become
+    151,643 chunks of one row. Such a tensor stays in one piece.
+    """
+    shape = value.sharding.shard_shape(value.shape) if isinstance(value, jax.Array) else value.shape
+    chunk = [max(1, length) for length in shape]
+    num_bytes = math.prod(chunk) * np.dtype(value.dtype).itemsize
+    while num_bytes > _CHUNK_BYTES:
+        largest = max(range(len(chunk)), key=chunk.__getitem__)
+        length = chunk[largest]
+        divisor = next(d for d in range(2, length + 1) if length % d == 0)
+        chunk[largest] //= divisor
+        num_bytes //= divisor
+    is_cut = tuple(chunk) != tuple(shape)
+    return StorageOptions(chunk_byte_size=_CHUNK_BYTES) if is_cut and num_bytes >= _MIN_CHUNK_BYTES else None
 
 
 def _restore(root: Path, targets: Mapping[str, Any]) -> Any:
@@ -193,12 +236,10 @@ def _restore(root: Path, targets: Mapping[str, Any]) -> Any:
     """
     context = ocp.Context()
     context.pytree.loading.partial_load = True
-    context.memory.read_concurrent_bytes = _CONCURRENT_BYTES
-    try:
-        with context:
-            return ocp.load(root / PARAMS, unflatten(targets))
-    except (ValueError, KeyError, OSError, TypeError) as error:
-        raise CheckpointError(f"{root / PARAMS} cannot be restored by Orbax: {error}") from error
+    largest = max((math.prod(target.shape) * _MAX_ITEMSIZE for target in targets.values()), default=0)
+    context.memory.read_concurrent_bytes = _concurrent_bytes(largest)
+    with _orbax_errors(root / PARAMS, "restored"), context:
+        return ocp.load(str(root / PARAMS), unflatten(targets))
 
 
 def _numpy_target(spec: TensorSpec) -> np.ndarray:

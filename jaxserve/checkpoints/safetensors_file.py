@@ -147,9 +147,12 @@ def _as_vector(tensor: StoredTensor) -> StoredTensor:
 
 
 def _read_exactly(descriptor: int, into: np.ndarray, offset: int, tensor: StoredTensor) -> None:
-    view = memoryview(into.view(np.uint8).reshape(-1))
+    view = into.view(np.uint8).reshape(-1).data
     while view:
-        count = os.preadv(descriptor, [view], offset)
+        try:
+            count = os.preadv(descriptor, [view], offset)
+        except OSError as error:
+            raise CheckpointError(f"{tensor.file}: {tensor.name} cannot be read: {error.strerror}.") from error
         if count == 0:
             raise CheckpointError(f"{tensor.file}: {tensor.name} ends too early; the file was cut while it was read.")
         view, offset = view[count:], offset + count

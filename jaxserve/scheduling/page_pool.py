@@ -57,6 +57,6 @@ class PagePool:
                 f"{len(wrong)} pages have wrong reference counts, first page {wrong[0]}: "
                 f"held {expected[wrong[0]]} times, counted {self._references[wrong[0]]}"
             )
-        num_used = sum(1 for count in self._references if count)
-        if num_used + len(self._free) != self.num_pages or any(self._references[p] for p in self._free):
+        num_used = self.num_pages - self._references.count(0)
+        if num_used + len(self._free) != self.num_pages or any(map(self._references.__getitem__, self._free)):
             raise IntegrityError(f"{num_used} used + {len(self._free)} free pages are not the pool's {self.num_pages}")

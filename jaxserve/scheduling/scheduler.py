@@ -6,8 +6,10 @@ step n is committed: nothing is planned past a length at which a sequence is cer
 that has ended meanwhile is dropped at commit.
 """
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from bisect import bisect_left, insort
+from collections.abc import Iterable
+from operator import attrgetter
+from typing import NamedTuple
 
 from jaxserve.config import ResolvedConfig
 from jaxserve.errors import IntegrityError
@@ -19,9 +21,11 @@ from jaxserve.scheduling.sequence import Sequence
 MAX_SKIPS = 64
 """Steps that those behind may pass a waiting sequence for which pages are lacking; then nobody else is admitted before it."""
 
+MAX_PASSED = 32
+"""Waiting sequences that one step looks past: a scan of 10,000 took 100 ms a step."""
 
-@dataclass(frozen=True, slots=True)
-class Committed:
+
+class Committed(NamedTuple):
     """One token that was added to a sequence.
 
     Attributes:
@@ -57,7 +61,7 @@ class Scheduler:
         self.pools = tuple(PagePool(config.num_pages) for _ in range(num_groups))
         self.num_preemptions = 0
         self._sequences: dict[str, Sequence] = {}
-        self._waiting: list[Sequence] = []
+        self._waiting: list[Sequence] = []  # both in order of Sequence.order
         self._running: list[Sequence] = []
         self._free_rows = list(range(config.max_num_seqs))[::-1]
         self._sampling_in: dict[int, list[Sequence]] = {}  # step in flight -> sequences that get a token from it
@@ -77,15 +81,10 @@ class Scheduler:
             max_total_len=limit if max_tokens is None else min(limit, len(prompt) + max_tokens),
             token_ids=list(prompt),
             pages=[[] for _ in self.pools],
-            num_pages_told=[0] * len(self.pools),
         )
         self._num_arrived += 1
         self._sequences[request.request_id] = sequence
-        self._enqueue(sequence)
-
-    def _enqueue(self, sequence: Sequence) -> None:
-        self._waiting.append(sequence)
-        self._waiting.sort(key=lambda s: s.order)
+        _enter(self._waiting, sequence)
 
     def finish(self, request_id: str) -> bool:
         """Ends a sequence now, for whatever reason, and frees what it holds; returns whether it was there."""
@@ -93,10 +92,10 @@ class Scheduler:
         if sequence is None:
             return False
         if sequence.row is not None:
-            self._running.remove(sequence)
+            _leave(self._running, sequence)
             self._vacate(sequence)
         else:
-            self._waiting.remove(sequence)
+            _leave(self._waiting, sequence)
         return True
 
     def _vacate(self, sequence: Sequence) -> None:
@@ -105,7 +104,7 @@ class Scheduler:
         for pool, pages in zip(self.pools, sequence.pages, strict=True):
             pool.release(pages)
         sequence.pages = [[] for _ in self.pools]
-        sequence.num_pages_told = [0] * len(self.pools)
+        sequence.num_pages_told = 0
         self._free_rows.append(sequence.row)
         sequence.row = None
         sequence.num_computed = 0
@@ -124,7 +123,9 @@ class Scheduler:
         # one-token sequences first: decode rows lie together in the batch
         ordered = sorted(takes.items(), key=lambda item: item[1] > 1)
         admissions = [Admission(s.row, s.request_id, _row_sampling(s.request)) for s, _ in ordered if s.is_new_to_row]  # type: ignore[arg-type]
-        updates = [update for s, take in ordered for update in self._page_updates(s, take)]
+        updates: list[PageUpdate] = []
+        for sequence, take in ordered:
+            self._tell_pages(sequence, take, updates)
         sequences = [self._plan_sequence(s, take) for s, take in ordered]
         step = self._next_step
         self._next_step += 1
@@ -132,18 +133,21 @@ class Scheduler:
         return StepPlan(step, tuple(admissions), tuple(updates), tuple(sequences))
 
     def _plan_running(self, budget: _Budget, takes: dict[Sequence, int]) -> bool:
-        """Gives running sequences their share, in order; returns whether one had to be preempted."""
+        """Gives running sequences their share, in order; returns whether one had to be preempted.
+
+        Each leaves a token for everybody behind it: a long prompt must not stop those that decode. There are enough, because
+        max_num_batched_tokens is at least max_num_seqs.
+        """
         was_preempted = False
-        for sequence in sorted(self._running, key=lambda s: s.order):
+        line = tuple(self._running)
+        for num_behind, sequence in zip(reversed(range(len(line))), line, strict=True):
             if sequence.row is None:
                 continue  # preempted a moment ago for one before it
-            take = self._take(sequence, budget)
+            take = self._take(sequence, budget, num_behind)
             if take == 0:
                 continue
             while not self._reserve(sequence, sequence.num_computed + take):
-                victim = max(self._running, key=lambda s: s.order)
-                if victim in takes:  # cannot be: victims come later in order than who is planned
-                    raise IntegrityError("a sequence already planned was chosen for preemption")
+                victim = self._running[-1]  # not planned yet: whoever is planned comes before `sequence`
                 self._preempt(victim)
                 was_preempted = True
                 if victim is sequence:
@@ -154,16 +158,16 @@ class Scheduler:
 
     def _plan_waiting(self, budget: _Budget, takes: dict[Sequence, int]) -> None:
         """Admits waiting sequences in order; one whose pages are lacking is passed, unless it has been for too long."""
-        admitted = []
+        num_passed = 0
+        admitted: list[Sequence] = []
         for sequence in self._waiting:
-            if not self._free_rows or budget.tokens == 0:
+            if not self._free_rows or budget.tokens == 0 or num_passed == MAX_PASSED:
                 break
             if sequence.num_in_flight:
                 continue  # preempted with a token on the device: known after the next commit
             take = self._take(sequence, budget)
-            if take == 0:
-                continue
-            if not self._reserve(sequence, sequence.num_known):
+            if take == 0 or not self._reserve(sequence, sequence.num_known):
+                num_passed += 1
                 sequence.num_skips += 1
                 if sequence.num_skips > MAX_SKIPS:
                     break
@@ -171,16 +175,15 @@ class Scheduler:
             sequence.row = self._free_rows.pop()
             sequence.is_new_to_row = True
             sequence.num_skips = 0
-            self._running.append(sequence)
             admitted.append(sequence)
             self._grant(sequence, take, budget, takes)
-        if admitted:
-            gone = set(map(id, admitted))
-            self._waiting = [s for s in self._waiting if id(s) not in gone]
+        for sequence in admitted:
+            _leave(self._waiting, sequence)
+            _enter(self._running, sequence)
 
-    def _take(self, sequence: Sequence, budget: _Budget) -> int:
-        """Returns how many tokens the budget allows the sequence; a lone token costs work items, a chunk does not."""
-        take = min(sequence.num_to_compute, budget.tokens)
+    def _take(self, sequence: Sequence, budget: _Budget, num_left: int = 0) -> int:
+        """Returns how many tokens the budget less num_left allows; a lone token costs work items, a chunk does not."""
+        take = min(sequence.num_to_compute, budget.tokens - num_left)
         if take == 1 and self._decode_items(sequence) > budget.decode_items:
             return 0
         return take
@@ -196,31 +199,32 @@ class Scheduler:
 
     def _reserve(self, sequence: Sequence, num_tokens: int) -> bool:
         """Makes pages for positions [0, num_tokens) the sequence's own; changes nothing and returns False if some lack."""
-        needed = -(-num_tokens // self.config.page_size)
-        lacking = [needed - len(pages) for pages in sequence.pages]
-        if any(count > pool.num_free for count, pool in zip(lacking, self.pools, strict=True)):
+        lacking = -(-num_tokens // self.config.page_size) - sequence.num_pages
+        if lacking <= 0:
+            return True
+        if lacking > self.num_free_pages:
             return False
-        for count, pool, pages in zip(lacking, self.pools, sequence.pages, strict=True):
-            if count > 0:
-                pages.extend(pool.allocate(count))
+        for pool, pages in zip(self.pools, sequence.pages, strict=True):
+            pages.extend(pool.allocate(lacking))
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
         """Takes everything back; the sequence will be computed again from its tokens."""
-        self._running.remove(sequence)
+        _leave(self._running, sequence)
         self._vacate(sequence)
         sequence.num_preemptions += 1
         self.num_preemptions += 1
-        self._enqueue(sequence)
+        _enter(self._waiting, sequence)
 
-    def _page_updates(self, sequence: Sequence, take: int) -> Iterator[PageUpdate]:
+    def _tell_pages(self, sequence: Sequence, take: int, updates: list[PageUpdate]) -> None:
         """Tells the device of the pages that this step begins to use: as many as a bucket has room for."""
         assert sequence.row is not None
-        needed = -(-(sequence.num_computed + take) // self.config.page_size)
+        told, needed = sequence.num_pages_told, -(-(sequence.num_computed + take) // self.config.page_size)
+        if needed <= told:
+            return
         for group, pages in enumerate(sequence.pages):
-            for index in range(sequence.num_pages_told[group], needed):
-                yield PageUpdate(group, sequence.row, index, pages[index])
-            sequence.num_pages_told[group] = max(needed, sequence.num_pages_told[group])
+            updates.extend(PageUpdate(group, sequence.row, index, pages[index]) for index in range(told, needed))
+        sequence.num_pages_told = needed
 
     def _plan_sequence(self, sequence: Sequence, take: int) -> SequencePlan:
         assert sequence.row is not None
@@ -268,8 +272,8 @@ class Scheduler:
     def _finish_reason(self, sequence: Sequence, token_id: int) -> tuple[str | None, int | None]:
         request = sequence.request
         if sequence.num_generated >= request.sampling.min_tokens and token_id in request.stop_token_ids:
-            is_own = token_id in (request.sampling.stop_token_ids or ())
-            return "stop", token_id if is_own else None
+            is_eos = token_id in request.eos_token_ids and not request.sampling.ignore_eos
+            return "stop", None if is_eos else token_id
         if sequence.num_known >= sequence.max_total_len:
             return "length", None
         return None, None
@@ -301,6 +305,17 @@ class Scheduler:
         listed = sorted(s.request_id for s in [*self._running, *self._waiting])
         if listed != sorted(self._sequences):
             raise IntegrityError(f"sequences are lost or listed twice: {listed} against {sorted(self._sequences)}")
+
+
+_order = attrgetter("order")
+
+
+def _enter(line: list[Sequence], sequence: Sequence) -> None:
+    insort(line, sequence, key=_order)
+
+
+def _leave(line: list[Sequence], sequence: Sequence) -> None:
+    del line[bisect_left(line, sequence.order, key=_order)]
 
 
 def _row_sampling(request: Request) -> RowSampling:

@@ -15,9 +15,10 @@ class Sequence:
         num_in_flight: tokens sampled by dispatched steps and not committed yet; at most one.
         row: the row it holds while running; None otherwise.
         pages: page ids by group, in order of position.
-        num_pages_told: entries of the block table that the device has been told, a group.
+        num_pages_told: entries of the block table that the device has been told, in each group.
         arrival: order of arrival.
-        num_skips: steps in which it could have started but for want of pages.
+        num_skips: steps in which others behind it could start and it could not, for want of pages or work items.
+        order: sorts by who goes first: lower priority value, then earlier arrival.
     """
 
     request: Request
@@ -25,34 +26,34 @@ class Sequence:
     max_total_len: int
     token_ids: list[int]
     pages: list[list[int]]
-    num_pages_told: list[int]
+    num_pages_told: int = 0
     num_computed: int = 0
     num_in_flight: int = 0
     row: int | None = None
     num_skips: int = 0
     num_preemptions: int = 0
-    is_new_to_row: bool = field(default=False)
+    is_new_to_row: bool = False
+    request_id: str = field(init=False)
+    num_prompt_tokens: int = field(init=False)
+    order: tuple[int, int] = field(init=False)
 
-    @property
-    def request_id(self) -> str:
-        return self.request.request_id
+    def __post_init__(self) -> None:
+        self.request_id = self.request.request_id
+        self.num_prompt_tokens = len(self.request.prompt_token_ids)
+        self.order = (self.request.priority, self.arrival)
 
     @property
     def num_known(self) -> int:
         return len(self.token_ids)
 
     @property
-    def num_prompt_tokens(self) -> int:
-        return len(self.request.prompt_token_ids)
+    def num_pages(self) -> int:
+        """Pages it holds in each group."""
+        return len(self.pages[0])
 
     @property
     def num_generated(self) -> int:
         return self.num_known - self.num_prompt_tokens
-
-    @property
-    def order(self) -> tuple[int, int]:
-        """Sorts by who goes first: lower priority value, then earlier arrival."""
-        return self.request.priority, self.arrival
 
     @property
     def num_to_compute(self) -> int:
@@ -60,5 +61,5 @@ class Sequence:
 
         Zero when the tokens in flight are certain to be the last.
         """
-        total = self.num_known + self.num_in_flight
+        total = len(self.token_ids) + self.num_in_flight
         return 0 if total >= self.max_total_len else total - self.num_computed

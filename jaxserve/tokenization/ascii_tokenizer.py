@@ -46,7 +46,5 @@ class AsciiTokenizer(PieceTokenizer):
     def _codes(text: str) -> list[int]:
         if not text.isascii():
             at = next(n for n, char in enumerate(text) if not char.isascii())
-            raise InvalidRequestError(
-                "prompt", text[at], f"ASCII text (see index {at})", "Serve a model with a tokenizer."
-            )
+            raise InvalidRequestError("prompt", text[at], f"ASCII text (see index {at})", "Serve a model with a tokenizer.")
         return list(text.encode("ascii"))

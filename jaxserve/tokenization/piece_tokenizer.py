@@ -63,9 +63,7 @@ class PieceTokenizer:
         """The token's own text, leading space included; U+FFFD for what is only a part of a character."""
         return self._pieces.shown[token_id].decode("utf-8", "replace")
 
-    def new_stream(
-        self, prompt_token_ids: Sequence[int] = (), *, skip_special_tokens: bool = True
-    ) -> DetokenizerStream:
+    def new_stream(self, prompt_token_ids: Sequence[int] = (), *, skip_special_tokens: bool = True) -> DetokenizerStream:
         """A stream whose text continues the prompt."""
         return DetokenizerStream(self._pieces, prompt_token_ids, skip_special_tokens=skip_special_tokens)
 

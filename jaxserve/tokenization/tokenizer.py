@@ -77,9 +77,7 @@ class Tokenizer(Protocol):
         """One token's own text, leading space included; U+FFFD for parts of a character."""
         ...
 
-    def new_stream(
-        self, prompt_token_ids: Sequence[int] = (), *, skip_special_tokens: bool = True
-    ) -> DetokenizerStream:
+    def new_stream(self, prompt_token_ids: Sequence[int] = (), *, skip_special_tokens: bool = True) -> DetokenizerStream:
         """An incremental decoder whose text continues the prompt."""
         ...
 

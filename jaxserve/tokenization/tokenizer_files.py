@@ -125,9 +125,7 @@ def _token_ids(file_name: str, source: dict[str, Any], name: str) -> list[int]:
         return []
     ids = value if isinstance(value, list) else [value]
     if any(not isinstance(i, int) or isinstance(i, bool) for i in ids):
-        raise CheckpointError(
-            f"{file_name}: {name} must be a token id or a list of them, got {value!r}. Correct the file."
-        )
+        raise CheckpointError(f"{file_name}: {name} must be a token id or a list of them, got {value!r}. Correct the file.")
     return [i for i in ids if i >= 0]  # -1 is how old files say "none"
 
 

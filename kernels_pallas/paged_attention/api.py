@@ -3,10 +3,13 @@
 Knows the contract and checks shapes; the backends know the arithmetic. Stateless.
 """
 
+import functools
+
 import jax
 
 from kernels_pallas import dispatch
 from kernels_pallas.paged_attention.tiling import Tiling, default_tiling
+from kernels_pallas.paged_attention.triton import paged_attention_triton
 from kernels_pallas.paged_attention.work import (
     RaggedBatch,
     empty_ragged_batch,
@@ -27,7 +30,11 @@ __all__ = [
     "plan_ragged_batch",
 ]
 
-IMPLEMENTATIONS = {"xla": paged_attention_xla}
+IMPLEMENTATIONS = {
+    "triton": paged_attention_triton,
+    "triton_interpret": functools.partial(paged_attention_triton, interpret=True),
+    "xla": paged_attention_xla,
+}
 
 
 def paged_attention(

@@ -118,7 +118,10 @@ class GenerationService:
         parse_special = validation.flag(request, "parse_special_tokens", False)
 
         def encode() -> jaxserve_pb2.TokenizeResponse:
-            ids = tokenizer.encode(request.text, add_special_tokens=add_special, parse_special=parse_special)
+            try:
+                ids = tokenizer.encode(request.text, add_special_tokens=add_special, parse_special=parse_special)
+            except InvalidRequestError as error:
+                raise validation.located(error) from None
             return jaxserve_pb2.TokenizeResponse(token_ids=ids)
 
         return await self._off_loop(encode)

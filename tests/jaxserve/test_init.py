@@ -64,8 +64,8 @@ def test_a_stranger_of_a_siblings_name_is_named(tmp_path, sibling, intruder):
 
 
 def test_a_missing_sibling_is_named(monkeypatch):
-    with pytest.raises(ImportError, match="'no_such_sibling' at .* finds nothing"):
+    with pytest.raises(ImportError, match=r"'no_such_sibling' at .* finds nothing"):
         jaxserve._check_sibling("no_such_sibling")
     monkeypatch.setitem(sys.modules, "put_by_hand", types.ModuleType("put_by_hand"))
-    with pytest.raises(ImportError, match="'put_by_hand' at .* finds nothing"):
+    with pytest.raises(ImportError, match=r"'put_by_hand' at .* finds nothing"):
         jaxserve._check_sibling("put_by_hand")

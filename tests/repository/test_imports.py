@@ -6,11 +6,9 @@ import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
-
-import pytest
 
 import jaxserve
 
@@ -31,31 +29,39 @@ def _imports(*folders: str) -> Iterator[tuple[Path, str, str]]:
 
 def _python(code: str) -> str:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX")}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-@pytest.mark.parametrize(
-    "module",
-    [
+def test_what_starts_in_milliseconds_imports_no_jax():
+    heavy = {"flax", "jax", "jaxlib", "orbax", "torch", "transformers"}
+    modules = [
         "jaxserve",
-        "jaxserve.async_engine",
         "jaxserve.config",
-        "jaxserve.engine_client",
         "jaxserve.errors",
+        "jaxserve.request",
         "jaxserve.outputs",
         "jaxserve.plan",
-        "jaxserve.request",
-        "jaxserve.request_factory",
+        "jaxserve.engine_client",
         "jaxserve.scheduling.scheduler",
         "jaxserve.tokenization.tokenizer",
+        "jaxserve.tokenization.chat_template",
+        "jaxserve.request_factory",
+        "jaxserve.async_engine",
         "serve.cli",
-    ],
-)
-def test_what_starts_in_milliseconds_imports_no_jax(module):
-    heavy = "{'jax', 'jaxlib', 'flax', 'orbax', 'torch', 'transformers'}"
-    assert _python(f"import sys, {module}; print({heavy} & set(sys.modules))") == "set()\n"
+        "serve.rpc.server",
+    ]
+    code = f"""
+import importlib, sys
+for module in {modules}:
+    importlib.import_module(module)
+    if found := {heavy} & set(sys.modules):
+        raise SystemExit(f"{{module}} imports {{found}}")
+"""
+    assert _python(code) == ""
 
 
 def test_the_engine_core_needs_only_what_a_bare_gpu_machine_has():
@@ -67,8 +73,8 @@ def test_the_engine_core_needs_only_what_a_bare_gpu_machine_has():
 
 def test_the_siblings_are_imported_by_module():
     """`import sharding` would hide which of its modules is meant."""
-    bare = [(str(path), module) for path, module, name in _imports(*PACKAGES) if module in PACKAGES and not name]
-    assert bare == []
+    siblings = ("kernels_pallas", "serve", "sharding")
+    assert [(str(path), module) for path, module, name in _imports(*PACKAGES) if module in siblings and not name] == []
 
 
 def test_examples_and_benchmarks_use_the_public_api():
@@ -83,16 +89,19 @@ def test_dependencies_are_what_is_imported():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     declared = {_canonical(re.match(r"[\w.-]+", line)[0]) for line in project["dependencies"]}
     providers = metadata.packages_distributions()
-    modules = {module.partition(".")[0] for _, module, _ in _imports(*PACKAGES)} - sys.stdlib_module_names - set(PACKAGES)
-    imported = {_canonical(provider) for module in modules for provider in _distributions(module, providers)}
-    # jax brings its own jaxlib, grpcio-status the google.rpc messages: declared by the one that pins them.
-    assert imported - declared <= {"googleapis-common-protos", "jaxlib"}
+    imported = {_distribution(module, providers) for _, module, _ in _imports(*PACKAGES)} - {None}
+    assert imported - declared == set()
     assert declared - imported == set()
 
 
-def _distributions(module: str, providers: dict[str, list[str]]) -> list[str]:
-    # The google namespace is shared: google.protobuf is the one that we use.
-    return ["protobuf"] if module == "google" else providers[module][:1]
+def _distribution(module: str, providers: Mapping[str, list[str]]) -> str | None:
+    """Returns the name under which a package index has the module; None for our own and the interpreter's."""
+    top_level = module.partition(".")[0]
+    if top_level in sys.stdlib_module_names or top_level in PACKAGES:
+        return None
+    if top_level == "google":  # a namespace that many distributions share
+        return {"google.protobuf": "protobuf", "google.rpc": "googleapis-common-protos"}[".".join(module.split(".")[:2])]
+    return _canonical(providers[top_level][0])
 
 
 def _canonical(name: str) -> str:

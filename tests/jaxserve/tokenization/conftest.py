@@ -57,9 +57,7 @@ def write_byte_level(directory: Path) -> None:
     library.decoder = decoders.ByteLevel()
     special = ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=420, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
+    trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
     library.train_from_iterator(CORPUS, trainer)
     library.add_tokens([AddedToken("<think>", special=False, normalized=False)])
     library.post_processor = processors.TemplateProcessing(

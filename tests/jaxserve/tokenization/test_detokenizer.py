@@ -15,7 +15,7 @@ from jaxserve.tokenization.tokenizer import Tokenizer
 
 REPLACEMENT = "\ufffd"
 # The tokenizer fixtures live for the whole session and hold no state, so sharing them between examples is safe.
-PROPERTY = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+PROPERTY = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 MULTI_BYTE_TEXT = "Zürich 中文 URGENCY🌶️ မြန်မာ 👩‍👩‍👧 é"
 
 

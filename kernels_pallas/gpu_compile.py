@@ -1,0 +1,140 @@
+"""Compiles a jitted function for an NVIDIA GPU on a machine that has none, and says what came out.
+
+XLA:GPU compiles without a device. It needs the wheels `jax-cuda13-plugin` and `jax-cuda13-pjrt` of the installed jax's own
+version (the extra `gpu-compile`), a description of the target (`targets/*.txtpb`), and JAX_PLATFORMS=cpu before the first
+use of jax, or the plugin looks for a driver. No driver, CUDA toolkit or cuDNN. CPU work goes on in the same process.
+
+What it proves: lowering, shared memory within the target's limit, no register spills (each is a compile error here),
+buffers aliased in place, copies, temporaries, what CUDA graphs capture. What it cannot: speed, numerics, races, and the
+GEMM that autotuning would choose on the device (ADR 0007).
+
+    compiled = Target("h200").compile(step, (params, state, inputs), donate_argnums=(1,))
+    print(report(compiled))
+
+Verified on jax 0.10.2, 0.11.2 and 0.12.0.1.
+"""
+
+import dataclasses
+import importlib.util
+import pathlib
+import re
+from collections.abc import Callable, Mapping
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+TARGETS = pathlib.Path(__file__).parent / "targets"
+"""One GpuTargetConfigProto a GPU model, as text (upstream: openxla/xla, xla/backends/gpu/target_config/specs)."""
+
+FAIL_ON_SPILLS = {"xla_gpu_fail_ptx_compilation_on_register_spilling": True}
+
+
+class GpuCompilerMissing(RuntimeError):
+    """The PJRT plugin that compiles for a GPU is not installed, or jax was not told to stay on the CPU."""
+
+
+def _check_installed() -> None:
+    version = jax.__version__
+    if importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
+        raise GpuCompilerMissing(
+            "deviceless GPU compilation needs the plugin wheels of this jax: "
+            f"pip install --no-deps jax-cuda13-plugin=={version} jax-cuda13-pjrt=={version} (extra 'gpu-compile')"
+        )
+    platforms = (jax.config.jax_platforms or "").split(",")
+    if "cpu" not in platforms:
+        raise GpuCompilerMissing(
+            f"deviceless GPU compilation needs JAX_PLATFORMS=cpu set before jax is used, it is {platforms}"
+        )
+
+
+class Target:
+    """A GPU model to compile for, and a one-axis mesh named "x" over `num_devices` of them."""
+
+    def __init__(self, name: str = "h200", num_devices: int = 1):
+        """Reads `targets/{name}.txtpb`.
+
+        Raises:
+          GpuCompilerMissing: the compiler is not installed, or JAX_PLATFORMS was not set to "cpu".
+        """
+        _check_installed()
+        self.name = name
+        self.topology = topologies.get_topology_desc(
+            platform="cuda", target_config=(TARGETS / f"{name}.txtpb").read_text(), topology=f"1x1x{num_devices}"
+        )
+        self.mesh = Mesh(np.asarray(self.topology.devices), ("x",), axis_types=(AxisType.Auto,))
+
+    def compile(
+        self,
+        function: Callable,
+        args: tuple,
+        *,
+        specs: PartitionSpec | tuple | None = None,
+        mesh: Mesh | None = None,
+        compiler_options: Mapping[str, object] | None = None,
+        **jit_kwargs: object,
+    ) -> jax.stages.Compiled:
+        """Compiles `function(*args)`; of the arguments only shapes and dtypes are used.
+
+        Args:
+          function: what `jax.jit` takes.
+          args: pytrees of arrays or ShapeDtypeStructs.
+          specs: PartitionSpec of every argument, or a pytree prefix of `args` with one at each leaf; None replicates.
+          mesh: a mesh over `self.topology.devices`; None takes the one-axis mesh.
+          compiler_options: XLA options beside `FAIL_ON_SPILLS`.
+          **jit_kwargs: for `jax.jit`, such as donate_argnums.
+        """
+        mesh = self.mesh if mesh is None else mesh
+        specs = PartitionSpec() if specs is None else specs
+        spec_tree = jax.tree.map(
+            lambda spec, subtree: jax.tree.map(lambda _: spec, subtree),
+            specs if isinstance(specs, tuple) and not isinstance(specs, PartitionSpec) else tuple(specs for _ in args),
+            args,
+            is_leaf=lambda node: isinstance(node, PartitionSpec),
+        )
+        shapes = jax.tree.map(
+            lambda a, spec: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, spec)), args, spec_tree
+        )
+        # The default device tells both Pallas lowerings and `dispatch.current_platform` what is compiled for.
+        with jax.default_device(self.topology.devices[0]):
+            lowered = jax.jit(function, **jit_kwargs).lower(*shapes)
+            return lowered.compile(compiler_options={**FAIL_ON_SPILLS, **(compiler_options or {})})
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What one executable needs and contains, per device."""
+
+    argument_bytes: int
+    aliased_bytes: int
+    """Bytes of arguments that outputs reuse in place."""
+    temporary_bytes: int
+    copied_shapes: tuple[str, ...]
+    """Shape ("bf16[64,8,64,128]") of each array that a copy instruction makes, fusions' roots included."""
+    custom_calls: tuple[str, ...]
+    """Targets of the custom calls, one entry each."""
+
+    def num_copies_of(self, *arrays: object) -> int:
+        """Returns how many copies have the shape and dtype of one of the arrays."""
+        shapes = {_hlo_shape(array) for array in arrays}
+        return sum(shape in shapes for shape in self.copied_shapes)
+
+
+def _hlo_shape(array) -> str:
+    names = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "int32": "s32", "int8": "s8", "uint16": "u16"}
+    dtype = str(array.dtype)
+    return f"{names.get(dtype, dtype)}[{','.join(map(str, array.shape))}]"
+
+
+def report(compiled: jax.stages.Compiled) -> Report:
+    """Returns the memory and the contents of an executable."""
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    copies = re.findall(r"= (\w+\[[\d,]*\])\S* (?:copy|copy-start)\(", text)
+    return Report(
+        argument_bytes=memory.argument_size_in_bytes,
+        aliased_bytes=memory.alias_size_in_bytes,
+        temporary_bytes=memory.temp_size_in_bytes,
+        copied_shapes=tuple(copies),
+        custom_calls=tuple(re.findall(r'custom_call_target="([^"]+)"', text)),
+    )

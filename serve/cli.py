@@ -1,0 +1,264 @@
+"""The `jaxserve` command. Knows arguments, terminals and exit statuses, and imports what a command needs when it runs.
+
+Exit statuses: 0 done, 1 an error (one line on stderr), 2 wrong usage, 130 Ctrl-C. Standard output has the result alone: the
+completion of `generate`, the ready lines of `serve`.
+"""
+
+import contextlib
+import logging
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from jaxserve.config import EngineConfig
+from jaxserve.errors import ConfigError, JaxserveError
+from serve.flags import with_flags
+from serve.settings import ServerConfig, load
+
+TRACEBACK_VARIABLE = "JAXSERVE_TRACEBACK"
+EXAMPLE_PROMPT = "def fib(n):"
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Serve language models with JAX, generate text, convert checkpoints.",
+)
+
+ConfigOption = Annotated[
+    Optional[Path],
+    typer.Option("--config", metavar="FILE.yaml", help="Settings as a YAML mapping, keys spelled as the flags with underscores."),
+]
+
+
+def main() -> None:
+    """The console script."""
+    app()
+
+
+def _show_version(is_asked: bool) -> None:
+    if is_asked:
+        import jaxserve
+
+        typer.echo(f"jaxserve {jaxserve.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Serve language models with JAX, generate text, convert checkpoints."""
+
+
+@app.command()
+@with_flags(EngineConfig, ServerConfig)
+def serve(*, config: ConfigOption = None, **settings: Any) -> None:
+    """Serve a model over gRPC until SIGTERM.
+
+    Every setting is a flag, a JAXSERVE_* environment variable (JAXSERVE_GRPC_PORT) or a key of --config; the first of
+    these that has it wins.
+    """
+    with _errors_on_one_line():
+        engine_config, server_config = load(settings, config)
+        _log_to_stderr(server_config.log_level)
+        import asyncio
+
+        from serve import lifecycle
+
+        def build() -> Any:
+            from jaxserve.build import build
+
+            return build(engine_config)
+
+        status = asyncio.run(lifecycle.run(build, server_config, _say_ready))
+        lifecycle.leave(status)
+
+
+@app.command()
+@with_flags(EngineConfig, without=("seed",))  # here it is the request's
+def generate(
+    prompt: Annotated[str, typer.Argument(help="What to continue; - reads it from standard input.")],
+    *,
+    endpoint: Annotated[
+        Optional[str], typer.Option(metavar="HOST:PORT", help="A running server; without it the model is loaded here.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 takes the most likely token always, so that a run can be repeated.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Smallest set of likely tokens with this probability.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="As many most likely tokens; 0 keeps all.")] = 0,
+    min_p: Annotated[float, typer.Option(help="Least probability relative to the most likely token's.")] = 0.0,
+    seed: Annotated[Optional[int], typer.Option(help="Makes a run with a temperature repeatable.")] = None,
+    stop: Annotated[Optional[list[str]], typer.Option(help="A string that ends the completion; may be repeated.")] = None,
+    min_tokens: Annotated[int, typer.Option(help="No end before as many tokens.")] = 0,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the end-of-sequence token.")] = False,
+    timeout_s: Annotated[Optional[float], typer.Option(help="Give up after as many seconds (with --endpoint).")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Nothing but errors on stderr.")] = False,
+    config: ConfigOption = None,
+    **settings: Any,
+) -> None:
+    """Stream a completion to standard output; everything else goes to stderr."""
+    with _errors_on_one_line():
+        from jaxserve.request import SamplingParams
+        from serve import generation
+
+        sampling = SamplingParams(
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            min_p=min_p,
+            seed=seed,
+            stop=stop,
+            min_tokens=min_tokens,
+            ignore_eos=ignore_eos,
+        )
+        text = sys.stdin.read() if prompt == "-" else prompt
+        _check_generate(endpoint, timeout_s, config, settings)
+        writer = _Writer()
+        if endpoint is not None:
+            summary = generation.generate_remotely(endpoint, text, sampling, writer.write, timeout_s)
+        else:
+            with _engine_here(settings, config, show_progress=not quiet) as built:
+                summary = generation.generate_here(built, text, sampling, writer.write)
+        writer.close()
+        if not quiet:
+            typer.echo(writer.describe(summary), err=True)
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="A directory or a Hub id.")],
+    destination: Annotated[Path, typer.Argument(help="A directory that does not exist yet, or is empty.")],
+    *,
+    dtype: Annotated[Optional[str], typer.Option(help="Of the parameters; the source's own by default.")] = None,
+    to: Annotated[str, typer.Option(help="orbax or huggingface.")] = "orbax",
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Nothing but errors on stderr.")] = False,
+) -> None:
+    """Convert a checkpoint: Hugging Face safetensors to Orbax, and back."""
+    with _errors_on_one_line():
+        from jaxserve.checkpoints.convert import convert as convert_checkpoint
+
+        convert_checkpoint(source, destination, dtype=dtype, to=to, show_progress=not quiet)
+        if not quiet:
+            typer.echo(f"{destination} holds {source} for {to}", err=True)
+
+
+class _Writer:
+    """Standard output as a stream of text, and how fast it came."""
+
+    def __init__(self) -> None:
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="replace")
+        self._first_s: float | None = None
+        self._last_s = 0.0
+        self._ends_line = True
+
+    def write(self, text: str) -> None:
+        self._last_s = time.monotonic()
+        if self._first_s is None:
+            self._first_s = self._last_s
+        if text:
+            self._ends_line = text.endswith("\n")
+            sys.stdout.write(text)
+            sys.stdout.flush()
+
+    def close(self) -> None:
+        """Ends the line for a person; a pipe gets the completion and nothing else."""
+        if not self._ends_line and sys.stdout.isatty():
+            sys.stdout.write("\n")
+            sys.stdout.flush()
+
+    def describe(self, summary: Any) -> str:
+        duration_s = self._last_s - (self._first_s or self._last_s)
+        rate = f", {(summary.num_completion_tokens - 1) / duration_s:.1f} tokens/s" if duration_s else ""
+        cached = f" ({summary.num_cached_tokens} cached)" if summary.num_cached_tokens else ""
+        return (
+            f"[{summary.finish_reason}: {summary.num_prompt_tokens} prompt tokens{cached}, "
+            f"{summary.num_completion_tokens} generated{rate}]"
+        )
+
+
+def _check_generate(endpoint: str | None, timeout_s: float | None, config: Path | None, settings: dict[str, Any]) -> None:
+    given = [f"--{name.replace('_', '-')}" for name, value in settings.items() if value is not None]
+    if endpoint is not None and (given or config is not None):
+        flag = given[0] if given else "--config"
+        raise ConfigError(f"{flag} is about an engine in this process; with --endpoint the server has its own settings.")
+    if timeout_s is not None and (endpoint is None or not timeout_s > 0):
+        raise ConfigError("--timeout-s must be more than 0 seconds, and needs --endpoint.")
+
+
+@contextlib.contextmanager
+def _engine_here(settings: dict[str, Any], config: Path | None, *, show_progress: bool) -> Iterator[Any]:
+    engine_config, _ = load(settings, config)
+    _log_to_stderr("warning")
+    from jaxserve.build import build
+
+    built = build(engine_config, show_progress=show_progress)
+    try:
+        yield built
+    finally:
+        built.close()
+
+
+@contextlib.contextmanager
+def _errors_on_one_line() -> Iterator[None]:
+    """An error is one line on stderr and exit status 1; a traceback only for who asks for it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(141) from None
+    except Exception as error:
+        if os.environ.get(TRACEBACK_VARIABLE):
+            raise
+        text = " ".join(str(error).split()) or repr(error)
+        if not isinstance(error, (JaxserveError, OSError)):
+            text = f"{type(error).__name__}: {text} ({TRACEBACK_VARIABLE}=1 shows where)"
+        typer.echo(f"error: {text}", err=True)
+        raise typer.Exit(1) from None
+
+
+def _log_to_stderr(level: str) -> None:
+    logging.basicConfig(
+        stream=sys.stderr, level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
+    )
+
+
+def _say_ready(model: str, endpoint: str, seconds: float) -> None:
+    for host, reachable in (("0.0.0.0:", "127.0.0.1:"), ("[::]:", "[::1]:")):  # noqa: S104  a comparison, no binding
+        if endpoint.startswith(host):
+            endpoint = reachable + endpoint.removeprefix(host)
+    typer.echo(f"jaxserve ready: model {model}, endpoint {endpoint}, started in {seconds:.1f} s")
+    typer.echo(f'try: {how_to_call()} generate "{EXAMPLE_PROMPT}" --endpoint {endpoint}')
+    sys.stdout.flush()
+
+
+def how_to_call() -> str:
+    """What a person types here to run this very command: its name where that finds it, otherwise a path."""
+    program = Path(sys.argv[0])
+    if program.name == "cli.py":
+        return f"{_shortest(Path(sys.executable))} -m serve.cli"
+    found = shutil.which(program.name)
+    if found is not None and Path(found).resolve() == program.resolve():
+        return program.name
+    return _shortest(program)
+
+
+def _shortest(path: Path) -> str:
+    absolute = Path(os.path.abspath(path))  # not resolved: the python of a virtual environment is a link out of it
+    return str(absolute.relative_to(Path.cwd())) if absolute.is_relative_to(Path.cwd()) else str(absolute)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,225 @@
+"""An engine without a model: a thread that makes tokens which can be predicted, behind `EngineClient`.
+
+And the service on a real socket around it, for tests that speak gRPC from this process.
+"""
+
+import asyncio
+import contextlib
+import queue
+import threading
+import time
+from types import SimpleNamespace
+
+import grpc
+import pytest
+
+from jaxserve.async_engine import AsyncEngine
+from jaxserve.config import ResolvedConfig
+from jaxserve.engine_client import EngineStats
+from jaxserve.errors import DrainingError, EngineDeadError
+from jaxserve.outputs import Logprob, TokenDelta
+from jaxserve.request_factory import RequestFactory
+from jaxserve.tokenization.ascii_tokenizer import AsciiTokenizer
+from serve.admission import Admission
+from serve.protos.jaxserve.v1 import jaxserve_pb2_grpc
+from serve.rpc.server import RpcServer
+from serve.rpc.service import GenerationService
+
+
+class FakeClient:
+    """Token i of every request is 32 + i mod 95, its text that character (or `text`); ends by max_tokens.
+
+    Attributes:
+        step_s: between two tokens.
+        gate: cleared, no token is made.
+        fail_at: the token at which a request ends with `error`.
+        aborted, finished: ids, in the order of their ends.
+    """
+
+    def __init__(self):
+        self.step_s = 0.001
+        self.text = None
+        self.fail_at = None
+        self.error = RuntimeError("canary-secret")
+        self.gate = threading.Event()
+        self.gate.set()
+        self.aborted, self.finished = [], []
+        self.submitted = []
+        self.is_alive = True
+        self.is_closed = False
+        self._inbox = queue.SimpleQueue()
+        self._running = {}
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def submit(self, request, listener):
+        if not self.is_alive:
+            raise EngineDeadError("dead")
+        if self.is_closed:
+            raise DrainingError("closed")
+        self.submitted.append(request)
+        self._inbox.put(("submit", request, listener))
+
+    def abort(self, request_ids):
+        self._inbox.put(("abort", tuple(request_ids), None))
+
+    def stats(self):
+        return EngineStats(num_running=len(self._running), is_alive=self.is_alive)
+
+    def drain(self, timeout_s=None):
+        return True
+
+    def close(self):
+        self.is_closed = True
+        self._thread.join()
+
+    @property
+    def running(self):
+        return sorted(self._running)
+
+    def _run(self):
+        while not self.is_closed:
+            while not self._inbox.empty():
+                verb, what, listener = self._inbox.get()
+                if verb == "submit":
+                    self._running[what.request_id] = (what, listener, 0)
+                else:
+                    for request_id in what:
+                        if request_id in self._running:
+                            request, its_listener, num = self._running.pop(request_id)
+                            self.aborted.append(request_id)
+                            its_listener([self._delta(request, [], num, "abort")])
+            if self.gate.is_set():
+                self._step()
+            time.sleep(self.step_s)
+
+    def _step(self):
+        for request_id, (request, listener, num) in list(self._running.items()):
+            if num == self.fail_at:
+                del self._running[request_id]
+                listener([TokenDelta(request_id, "", [], finish_reason="error", error=self.error)])
+                continue
+            is_last = num + 1 == request.sampling.max_tokens
+            delta = self._delta(request, [32 + num % 95], num, "length" if is_last else None)
+            if is_last:
+                del self._running[request_id]
+                self.finished.append(request_id)
+            else:
+                self._running[request_id] = (request, listener, num + 1)
+            listener([delta])
+
+    def _delta(self, request, token_ids, num, finish_reason):
+        logprobs = None
+        if request.sampling.logprobs is not None:
+            logprobs = [{t: Logprob(-0.5, 2, chr(t)), 65: Logprob(-0.25, 1, "A"), 66: Logprob(-3.0, 3, "B")} for t in token_ids]
+        return TokenDelta(
+            request.request_id,
+            self.text or "".join(chr(t) for t in token_ids),
+            token_ids,
+            logprobs,
+            finish_reason,
+            num_prompt_tokens=len(request.prompt_token_ids),
+            num_cached_tokens=3,
+        )
+
+
+def resolved_config():
+    return ResolvedConfig(
+        model_name="fake",
+        platform="cpu",
+        vocab_size=128,
+        tensor_parallel_size=1,
+        dtype="float32",
+        kv_dtype="float32",
+        max_model_len=4096,
+        max_num_seqs=4,
+        max_num_batched_tokens=64,
+        page_size=16,
+        num_pages=64,
+        max_pages_per_seq=256,
+        token_buckets=(64,),
+        sequence_buckets=(4,),
+        split_size=256,
+        query_tile=16,
+        max_decode_items=64,
+        seed=0,
+        max_logprobs=5,
+        attention_backend="auto",
+    )
+
+
+def built_engine(client, tokenizer):
+    config = resolved_config()
+    return SimpleNamespace(
+        client=client,
+        tokenizer=tokenizer,
+        config=config,
+        requests=RequestFactory(config, tokenizer),
+        close=client.close,
+    )
+
+
+@contextlib.asynccontextmanager
+async def serving(client, *, tokenizer, max_requests=8, max_tokens=None, max_pending_tokens=4096, write_timeout_s=30.0):
+    """Yields service, stub and channel; nothing may be left open or running afterwards."""
+    built = built_engine(client, tokenizer)
+    service = GenerationService(
+        AsyncEngine(client, max_pending_tokens=max_pending_tokens),
+        built.requests,
+        tokenizer,
+        built.config,
+        Admission(max_requests, max_tokens),
+        write_timeout_s=write_timeout_s,
+    )
+    server = RpcServer("127.0.0.1", 0)
+    await server.start(service, with_reflection=True)
+    try:
+        async with grpc.aio.insecure_channel(server.endpoint) as channel:
+            yield SimpleNamespace(
+                service=service,
+                channel=channel,
+                server=server,
+                stub=jaxserve_pb2_grpc.GenerationServiceStub(channel),
+            )
+    finally:
+        await server.stop(0.5)
+
+
+@pytest.fixture
+def client():
+    client = FakeClient()
+    yield client
+    client.gate.set()
+    client.close()
+
+
+@pytest.fixture
+def built(client):
+    """What `jaxserve.build.build` would return, around the fake."""
+    return built_engine(client, AsciiTokenizer())
+
+
+@pytest.fixture
+def with_service(client):
+    """Runs `async def body(service_namespace)` against the service; keyword arguments are `serving`'s."""
+
+    def run(body, *, tokenizer=AsciiTokenizer(), **limits):  # noqa: B008
+        async def main():
+            async with asyncio.timeout(20), serving(client, tokenizer=tokenizer, **limits) as served:
+                return await body(served)
+
+        return asyncio.run(main())
+
+    return run
+
+
+async def _until(condition, timeout_s=5.0):
+    """Waits for what another thread will make true."""
+    async with asyncio.timeout(timeout_s):
+        while not condition():
+            await asyncio.sleep(0.002)
+
+
+@pytest.fixture
+def until():
+    return _until

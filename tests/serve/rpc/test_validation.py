@@ -1,0 +1,193 @@
+import asyncio
+import dataclasses
+import math
+import threading
+
+import grpc
+import pytest
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
+
+from jaxserve.errors import InvalidRequestError
+from jaxserve.request import SamplingParams
+from jaxserve.tokenization.ascii_tokenizer import AsciiTokenizer
+from serve.generation import wire_sampling
+from serve.protos.jaxserve.v1 import jaxserve_pb2 as pb
+from serve.rpc import validation
+
+BAD_SAMPLING = [
+    ("temperature", math.nan),
+    ("temperature", math.inf),
+    ("temperature", -0.1),
+    ("temperature", 100.5),
+    ("top_p", math.nan),
+    ("top_p", 0.0),
+    ("top_p", -math.inf),
+    ("top_p", 1.0001),
+    ("top_k", -2),
+    ("min_p", math.nan),
+    ("min_p", 1.5),
+    ("seed", -2),
+    ("max_tokens", 0),
+    ("max_tokens", -1),
+    ("min_tokens", -1),
+    ("min_tokens", 17),  # more than the default of max_tokens
+    ("logprobs", -1),
+    ("logprobs", 6),  # more than the server's max_logprobs
+    ("logprobs_mode", 7),
+    ("stop", [""]),
+    ("stop", ["x"] * 17),
+    ("stop", ["x" * 257]),
+    ("stop_token_ids", [128]),
+    ("stop_token_ids", [1] * 129),
+    ("stop_token_ids", [2**32 - 1]),
+]
+
+BAD_REQUESTS = [
+    ("prompt", pb.GenerateRequest()),
+    ("text", pb.GenerateRequest(text="")),
+    ("text", pb.GenerateRequest(text="x" * 4096)),
+    ("text", pb.GenerateRequest(text="x" * (64 * 4096 + 1))),
+    ("text", pb.GenerateRequest(text="not ascii: ü")),
+    ("token_ids.ids", pb.GenerateRequest(token_ids=pb.TokenIds())),
+    ("token_ids.ids", pb.GenerateRequest(token_ids=pb.TokenIds(ids=[128]))),
+    ("token_ids.ids", pb.GenerateRequest(token_ids=pb.TokenIds(ids=[2**32 - 1]))),
+    ("token_ids.ids", pb.GenerateRequest(token_ids=pb.TokenIds(ids=[1] * 4096))),
+    ("add_special_tokens", pb.GenerateRequest(token_ids=pb.TokenIds(ids=[1]), add_special_tokens=False)),
+    ("parse_special_tokens", pb.GenerateRequest(token_ids=pb.TokenIds(ids=[1]), parse_special_tokens=True)),
+    ("request_id", pb.GenerateRequest(text="a", request_id="no spaces")),
+    ("request_id", pb.GenerateRequest(text="a", request_id="x" * 129)),
+    ("request_id", pb.GenerateRequest(text="a", request_id="line\nbreak")),
+    *[
+        (f"sampling.{name}", pb.GenerateRequest(text="a", sampling=pb.SamplingParams(**{name: value})))
+        for name, value in BAD_SAMPLING
+    ],
+]
+
+
+async def violation_of(call):
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await (call.read() if hasattr(call, "read") else call)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT, caught.value
+    bad = error_details_pb2.BadRequest()
+    [detail] = (await rpc_status.aio.from_call(call)).details
+    assert detail.Unpack(bad)
+    [violation] = bad.field_violations
+    assert violation.description == caught.value.details()
+    return violation
+
+
+def test_every_bad_field_is_named_by_its_path(with_service, client):
+    async def body(served):
+        for path, request in BAD_REQUESTS:
+            violation = await violation_of(served.stub.Generate(request))
+            assert violation.field == path, request
+            assert violation.description.startswith(f"{path} must be "), violation
+
+    with_service(body, max_requests=1)  # each refusal gives its permit back, too
+    assert client.submitted == []
+
+
+def test_bad_calls_of_the_other_methods_name_the_field(with_service):
+    async def body(served):
+        stub = served.stub
+        for path, call in [
+            ("request_ids", stub.Abort(pb.AbortRequest())),
+            ("request_ids", stub.Abort(pb.AbortRequest(request_ids=["a"] * 1025))),
+            ("text", stub.Tokenize(pb.TokenizeRequest(text="x" * (64 * 4096 + 1)))),
+            ("text", stub.Tokenize(pb.TokenizeRequest(text="ü"))),
+            ("token_ids", stub.Detokenize(pb.DetokenizeRequest(token_ids=[128]))),
+            ("token_ids", stub.Detokenize(pb.DetokenizeRequest(token_ids=[1] * (64 * 4096 + 1)))),
+        ]:
+            assert (await violation_of(call)).field == path
+
+    with_service(body)
+
+
+@pytest.mark.parametrize("method", ["Generate", "Abort", "Tokenize", "Detokenize"])
+@pytest.mark.parametrize(
+    "data",
+    [b"\x0a\xff", b"\x0a\x02\xff\xfe", b"\x0a\x03abc"[:4], b"\xff" * 20, b"\x1a" * 5000],
+    ids=["cut off", "not UTF-8", "short", "bad tag", "nonsense"],
+)
+def test_bytes_that_do_not_parse_are_an_invalid_argument(with_service, method, data):
+    async def body(served):
+        make = served.channel.unary_stream if method == "Generate" else served.channel.unary_unary
+        call = make(f"/jaxserve.v1.GenerationService/{method}")(data)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await (call.read() if method == "Generate" else call)
+        return caught.value
+
+    error = with_service(body)
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert f"jaxserve.v1.{method}Request" in error.details()
+
+
+def test_values_at_the_edge_of_their_range_are_taken():
+    for values in (
+        {"temperature": 0.0, "top_p": 1.0, "top_k": -1, "min_p": 1.0, "seed": 2**63 - 1, "max_tokens": 1, "logprobs": 0},
+        {"temperature": 100.0, "top_p": 1e-9, "top_k": 2**31 - 1, "min_p": 0.0, "seed": 0, "max_tokens": 2**31 - 1},
+        {"stop": ["x" * 256] * 16, "stop_token_ids": [0] * 128, "min_tokens": 16, "logprobs_mode": 1},
+    ):
+        sampling = validation.sampling_params(pb.SamplingParams(**values))
+        for name, value in values.items():
+            if name != "logprobs_mode":
+                assert getattr(sampling, name) == (tuple(value) if isinstance(value, list) else value)
+
+
+def test_wire_and_python_parameters_are_inverse():
+    for sampling in (
+        SamplingParams(),
+        SamplingParams(temperature=0.7, top_p=0.9, top_k=3, min_p=0.1, seed=9, stop=["a", "b"], max_tokens=None),
+        SamplingParams(logprobs=0, ignore_eos=True, min_tokens=2, stop_token_ids=[1], skip_special_tokens=False),
+    ):
+        there = wire_sampling(sampling)
+        back = validation.sampling_params(pb.SamplingParams.FromString(there.SerializeToString()))
+        if sampling.max_tokens is None:  # on the wire unset is 16: "no limit" is the largest number
+            assert back == dataclasses.replace(sampling, max_tokens=2**31 - 1)
+        else:
+            assert back == sampling
+
+
+def test_every_wire_field_reaches_the_sampling_params():
+    """A field that is added to the proto and forgotten in validation.py fails here."""
+    handled = {*validation._OPTIONAL, "stop", "stop_token_ids", "logprobs_mode"}
+    assert set(pb.SamplingParams.DESCRIPTOR.fields_by_name) == handled
+
+
+def test_a_request_without_an_id_gets_one_of_its_own():
+    ids = {
+        validation.generate_call(pb.GenerateRequest(text="a"), (), model_name="m", max_model_len=9).request_id
+        for _ in range(3)
+    }
+    assert len(ids) == 3
+
+
+def test_located_leaves_other_parameters_alone():
+    error = InvalidRequestError("request_id", "x", "something")
+    assert validation.located(error).parameter == "request_id"
+
+
+@pytest.mark.parametrize("method", ["Generate", "Tokenize"])
+def test_the_loop_goes_on_while_a_text_is_tokenized(with_service, method):
+    class Waiting(AsciiTokenizer):
+        """Its encode ends when another call has been answered."""
+
+        answered = threading.Event()
+
+        def encode(self, text, **options):
+            assert self.answered.wait(10)
+            return super().encode(text, **options)
+
+    async def body(served):
+        if method == "Generate":
+            call = served.stub.Generate(pb.GenerateRequest(text="a")).read()
+        else:
+            call = served.stub.Tokenize(pb.TokenizeRequest(text="a"))
+        pending = asyncio.ensure_future(call)
+        await asyncio.sleep(0.05)
+        await served.stub.GetModel(pb.GetModelRequest(), timeout=5)
+        Waiting.answered.set()
+        return await pending
+
+    assert with_service(body, tokenizer=Waiting()).token_ids

@@ -1,0 +1,160 @@
+import asyncio
+import contextlib
+import threading
+from types import SimpleNamespace
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from jaxserve.errors import ConfigError
+from serve import lifecycle
+from serve.lifecycle import StopRequests
+from serve.protos.jaxserve.v1 import jaxserve_pb2 as pb
+from serve.protos.jaxserve.v1 import jaxserve_pb2_grpc
+from serve.settings import ServerConfig
+
+FINISHED = pb.FINISH_REASON_LENGTH
+
+
+@contextlib.asynccontextmanager
+async def running(built, **settings):
+    """Yields a server that is ready; its exit status is `status` afterwards."""
+    stops = StopRequests()
+    ready = asyncio.get_running_loop().create_future()
+    config = ServerConfig(grpc_port=0, **settings)
+    server = asyncio.create_task(lifecycle.run(lambda: built, config, lambda *said: ready.set_result(said), stops))
+    model, endpoint, seconds = await asyncio.wait_for(ready, 10)
+    assert (model, 0 <= seconds < 10) == ("fake", True)
+    async with grpc.aio.insecure_channel(endpoint) as channel:
+        yield SimpleNamespace(
+            stops=stops,
+            task=server,
+            endpoint=endpoint,
+            stub=jaxserve_pb2_grpc.GenerationServiceStub(channel),
+            health=health_pb2_grpc.HealthStub(channel),
+        )
+    assert server.done()
+
+
+def ask(max_tokens):
+    return pb.GenerateRequest(text="a", sampling=pb.SamplingParams(max_tokens=max_tokens))
+
+
+async def code_of(call):
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        while await call.read() is not grpc.aio.EOF:
+            pass
+    return caught.value.code()
+
+
+def test_a_drain_finishes_what_runs_and_refuses_what_is_new(built, client):
+    async def body():
+        async with running(built) as server:
+            open_call = server.stub.Generate(ask(300))
+            await open_call.read()
+            client.gate.clear()  # it cannot finish before we have looked around
+            server.stops.add("test")
+            await asyncio.sleep(0.05)
+            health = await server.health.Check(health_pb2.HealthCheckRequest())
+            assert health.status == health_pb2.HealthCheckResponse.NOT_SERVING
+            assert await code_of(server.stub.Generate(ask(1))) is grpc.StatusCode.UNAVAILABLE
+            assert not server.task.done()
+            client.gate.set()
+            last = None
+            while (message := await open_call.read()) is not grpc.aio.EOF:
+                last = message
+            assert (last.finish_reason, last.usage.completion_tokens) == (FINISHED, 300)
+            assert await asyncio.wait_for(server.task, 10) == 0
+            port = int(server.endpoint.rpartition(":")[2])
+        (await asyncio.start_server(lambda *_: None, "127.0.0.1", port)).close()  # the port is free
+
+    asyncio.run(body())
+    assert client.is_closed
+    assert client.aborted == []
+
+
+@pytest.mark.parametrize("how", ["the time is over", "a second signal"])
+def test_what_does_not_finish_ends_as_unavailable(built, client, how):
+    async def body():
+        timeout_s = 0.2 if how == "the time is over" else 60.0
+        async with running(built, drain_timeout_s=timeout_s) as server:
+            open_call = server.stub.Generate(ask(4000))
+            await open_call.read()
+            client.step_s = 0.05  # 4000 tokens would take 200 s
+            server.stops.add("test")
+            if how == "a second signal":
+                await asyncio.sleep(0.05)
+                server.stops.add("test")
+            assert await code_of(open_call) is grpc.StatusCode.UNAVAILABLE
+            assert await asyncio.wait_for(server.task, 10) == 0
+
+    asyncio.run(body())
+    assert len(client.aborted) == 1
+    assert client.is_closed
+
+
+def test_a_dead_engine_ends_the_server_with_status_1(built, client):
+    async def body():
+        async with running(built) as server:
+            client.is_alive = False
+            assert await asyncio.wait_for(server.task, 10) == 1
+
+    asyncio.run(body())
+
+
+def test_a_stop_before_ready_does_not_wait_for_the_engine():
+    never = threading.Event()
+
+    async def body():
+        stops = StopRequests()
+        task = asyncio.create_task(lifecycle.run(never.wait, ServerConfig(grpc_port=0), pytest.fail, stops))
+        await asyncio.sleep(0.1)
+        stops.add("test")
+        return await asyncio.wait_for(task, 5)
+
+    assert asyncio.run(body()) == 0
+    never.set()
+
+
+def test_an_engine_that_cannot_be_built_frees_the_port():
+    ports = []
+
+    def build():
+        raise ConfigError("page_size must be smaller")
+
+    async def body():
+        with pytest.raises(ConfigError, match="page_size must be smaller"):
+            await lifecycle.run(build, ServerConfig(grpc_port=0), pytest.fail, StopRequests())
+
+    asyncio.run(body())
+    assert ports == []
+
+
+def test_a_taken_port_is_known_before_anything_is_built():
+    async def body():
+        taken = await asyncio.start_server(lambda *_: None, "127.0.0.1", 0)
+        port = taken.sockets[0].getsockname()[1]
+        with pytest.raises(ConfigError, match="cannot be bound"):
+            await lifecycle.run(pytest.fail, ServerConfig(grpc_port=port), pytest.fail, StopRequests())
+        taken.close()
+
+    asyncio.run(body())
+
+
+def test_the_limits_of_the_settings_reach_the_service(built, client):
+    client.gate.clear()
+
+    async def body():
+        async with running(built, max_queued_requests=1, max_queued_tokens=100) as server:
+            held = [server.stub.Generate(ask(1)) for _ in range(built.config.max_num_seqs + 1)]
+            for call in held:
+                await call.initial_metadata()
+            assert await code_of(server.stub.Generate(ask(1))) is grpc.StatusCode.RESOURCE_EXHAUSTED
+            client.gate.set()
+            for call in held:
+                assert (await call.read()).finish_reason == FINISHED
+            server.stops.add("test")
+            assert await asyncio.wait_for(server.task, 10) == 0
+
+    asyncio.run(body())
