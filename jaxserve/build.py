@@ -110,9 +110,8 @@ def build(config: EngineConfig, *, source: ModelSource | None = None, show_progr
     progress = _ProgressLine(show_progress)
     runner.warmup(progress.update, num_threads=max(2, min(8, os.cpu_count() or 2)))
     progress.close()
-    at_ready = compilations.count
     scheduler = Scheduler(resolved, num_groups=len(kv_groups(model.kv_specs())))
-    client = EngineThread(Engine(scheduler, runner, source.tokenizer), lambda: compilations.count - at_ready)
+    client = EngineThread(Engine(scheduler, runner, source.tokenizer), compilations.count_of)
     ready = time.monotonic()
     return BuiltEngine(
         client=client,

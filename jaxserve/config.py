@@ -4,6 +4,8 @@ Knows names, defaults and ranges; knows nothing of devices or models: `build` tu
 """
 
 from dataclasses import dataclass
+from numbers import Integral, Real
+from os import PathLike, fspath
 
 from jaxserve.errors import ConfigError
 
@@ -53,6 +55,12 @@ class EngineConfig:
     revision: str | None = None
 
     def __post_init__(self) -> None:
+        for name in ("model", "tokenizer", "compilation_cache_dir", "revision"):
+            value = getattr(self, name)
+            if isinstance(value, PathLike):
+                object.__setattr__(self, name, fspath(value))
+            elif value is not None and not isinstance(value, str):
+                raise ConfigError(f"{name} must be a string, a path or None, got {value!r}.")
         for name in (
             "tensor_parallel_size",
             "max_model_len",
@@ -62,19 +70,27 @@ class EngineConfig:
             "num_pages",
             "kv_cache_memory_bytes",
         ):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise ConfigError(f"{name} must be a whole number of at least 1, got {value!r}.")
+            if getattr(self, name) is not None or name == "tensor_parallel_size":
+                self._check_count(name, 1, 2**63 - 1, "a whole number of at least 1")
+        self._check_count("seed", 0, 2**63 - 1, "a whole number in [0, 2**63)")
+        self._check_count("max_logprobs", 0, 128, "a whole number in [0, 128]")
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}.")
-        if not 0 < self.gpu_memory_utilization <= 1:
-            raise ConfigError(f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization!r}.")
-        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
-            raise ConfigError(f"seed must be a whole number in [0, 2**63), got {self.seed!r}.")
-        if not isinstance(self.max_logprobs, int) or not 0 <= self.max_logprobs <= 128:
-            raise ConfigError(f"max_logprobs must be a whole number in [0, 128], got {self.max_logprobs!r}.")
+        if not isinstance(self.attention_backend, str):
+            raise ConfigError(f"attention_backend must be a string, got {self.attention_backend!r}.")
+        if not isinstance(self.skip_tokenizer_init, bool):
+            raise ConfigError(f"skip_tokenizer_init must be True or False, got {self.skip_tokenizer_init!r}.")
+        share = self.gpu_memory_utilization
+        if not isinstance(share, Real) or isinstance(share, bool) or not 0 < share <= 1:
+            raise ConfigError(f"gpu_memory_utilization must be in (0, 1], got {share!r}.")
         if self.page_size is not None and (self.page_size & (self.page_size - 1) or not 8 <= self.page_size <= 256):
             raise ConfigError(f"page_size must be a power of two in [8, 256], got {self.page_size}.")
+
+    def _check_count(self, name: str, low: int, high: int, allowed: str) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, Integral) or isinstance(value, bool) or not low <= value <= high:
+            raise ConfigError(f"{name} must be {allowed}, got {value!r}.")
+        object.__setattr__(self, name, int(value))
 
 
 @dataclass(frozen=True, slots=True)

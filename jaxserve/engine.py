@@ -1,7 +1,7 @@
 """One engine, one step at a time: plan, dispatch, and then wait for, commit and detokenise the step before.
 
-Owns the order of things and each request's text stream; the scheduler owns the decisions, the runner the devices. Single-threaded:
-`jaxserve.engine_thread` is the thread.
+Owns the order of things and each request's text stream; the scheduler owns the decisions, the runner the devices.
+Single-threaded: `jaxserve.engine_thread` is the thread.
 """
 
 import time

@@ -30,10 +30,10 @@ class EngineThread:
 
     Args:
         engine: never touched by another thread from now on.
-        num_compilations: says how many compilations there have been since ready.
+        num_compilations: says how many programs a thread has had compiled; from now on there must be none.
     """
 
-    def __init__(self, engine: Engine, num_compilations: Callable[[], int] = lambda: 0):
+    def __init__(self, engine: Engine, num_compilations: Callable[[threading.Thread], int] = lambda thread: 0):
         self._engine = engine
         self._num_compilations = num_compilations
         self._inbox: queue.SimpleQueue[_Submit | _Abort] = queue.SimpleQueue()
@@ -47,6 +47,7 @@ class EngineThread:
         self._idle.set()
         self._thread = threading.Thread(target=self._run, name="jaxserve-engine", daemon=True)
         self._thread.start()
+        self._num_compilations_at_ready = num_compilations(self._thread)  # a thread's ident may have been another's before
 
     # --- any thread -------------------------------------------------------------------------------------------------
 
@@ -65,7 +66,7 @@ class EngineThread:
     def stats(self) -> EngineStats:
         return dataclasses.replace(
             self._stats,
-            num_compilations_since_ready=self._num_compilations(),
+            num_compilations_since_ready=self._num_compilations(self._thread) - self._num_compilations_at_ready,
             is_alive=self._error is None and not self._is_closed,
             is_draining=self._is_draining,
         )

@@ -4,9 +4,11 @@ Plain data. Names, defaults and error conditions are vLLM's where a field exists
 deviations.
 """
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
+from math import ulp
+from numbers import Integral, Real
 from typing import Any
 
 from jaxserve.errors import InvalidRequestError
@@ -15,15 +17,30 @@ GREEDY_BELOW = 1e-5
 """Temperatures below this are greedy (vLLM's _SAMPLING_EPS)."""
 
 
-def _check_number(name: str, value: Any, low: float, high: float, allowed: str) -> None:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or not low <= value <= high:
-        raise InvalidRequestError(name, value, allowed)
+def whole_number(name: str, value: Any, low: int, bits: int = 31, note: str = "") -> int:
+    """Returns an int or a numpy integer as an int; a bool or a float is none.
+
+    Raises:
+        InvalidRequestError: it is not in [low, 2**bits).
+    """
+    if not isinstance(value, Integral) or isinstance(value, bool) or not low <= value < 2**bits:
+        raise InvalidRequestError(name, value, f"a whole number in [{low}, 2**{bits}){note}")
+    return int(value)
 
 
-def _check_count(name: str, value: Any, low: int, allowed: str, high: int = 2**31 - 1) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+def _number(name: str, value: Any, low: float, high: float, allowed: str) -> float:
+    """Returns a Python or numpy number in [low, high] as a float; NaN is in no range."""
+    if not isinstance(value, Real) or isinstance(value, bool) or not low <= value <= high:
         raise InvalidRequestError(name, value, allowed)
+    return float(value)
+
+
+def _listed(name: str, value: Any, allowed: str) -> tuple[Any, ...]:
+    if value is None:
+        return ()
+    if not isinstance(value, Iterable):
+        raise InvalidRequestError(name, value, allowed)
+    return tuple(value)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,36 +84,39 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
 
     def __post_init__(self) -> None:
-        if self.n != 1 or isinstance(self.n, bool):
+        put = partial(object.__setattr__, self)  # what is put is a plain int, float or tuple, whatever was given
+        put("n", whole_number("n", self.n, 1))
+        if self.n > 1:
             raise InvalidRequestError("n", self.n, "1", "Submit the prompt several times with different seeds.")
-        _check_number("temperature", self.temperature, 0.0, 100.0, "a finite number in [0, 100]")
-        if not isinstance(self.top_p, (int, float)) or not 0.0 < self.top_p <= 1.0:
-            raise InvalidRequestError("top_p", self.top_p, "in (0, 1]")
-        _check_count("top_k", self.top_k, -1, "a whole number of at least -1 (0 and -1 keep all tokens)")
-        _check_number("min_p", self.min_p, 0.0, 1.0, "in [0, 1]")
+        put("temperature", _number("temperature", self.temperature, 0.0, 100.0, "a finite number in [0, 100]"))
+        put("top_p", _number("top_p", self.top_p, ulp(0.0), 1.0, "in (0, 1]"))
+        put("top_k", whole_number("top_k", self.top_k, -1, note=" (0 and -1 keep all tokens)"))
+        put("min_p", _number("min_p", self.min_p, 0.0, 1.0, "in [0, 1]"))
         if self.seed is not None:
-            _check_count("seed", self.seed, -1, "a whole number in [-1, 2**63) (-1 is no seed)", 2**63 - 1)
+            seed = whole_number("seed", self.seed, -1, bits=63, note=" (-1 is no seed)")
+            put("seed", None if seed == -1 else seed)
         if self.max_tokens is not None:
-            _check_count("max_tokens", self.max_tokens, 1, "a whole number of at least 1")
-        _check_count("min_tokens", self.min_tokens, 0, "a whole number of at least 0")
+            put("max_tokens", whole_number("max_tokens", self.max_tokens, 1))
+        put("min_tokens", whole_number("min_tokens", self.min_tokens, 0))
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise InvalidRequestError("min_tokens", self.min_tokens, f"at most max_tokens ({self.max_tokens})")
         if self.logprobs is not None:
-            _check_count("logprobs", self.logprobs, 0, "None or a whole number of at least 0")
-        for name in ("ignore_eos", "detokenize", "skip_special_tokens", "include_stop_str_in_output"):
+            put("logprobs", whole_number("logprobs", self.logprobs, 0, note=" or None"))
+        for name in _FLAGS:
             if not isinstance(getattr(self, name), bool):
                 raise InvalidRequestError(name, getattr(self, name), "True or False")
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        self._put_stops(put)
+
+    def _put_stops(self, put: Callable[[str, Any], None]) -> None:
+        strings = "a string or a list of strings, none of them empty"
+        stop = (self.stop,) if isinstance(self.stop, str) else _listed("stop", self.stop, strings)
         if any(not isinstance(s, str) or not s for s in stop):
-            raise InvalidRequestError("stop", self.stop, "a string or a list of strings, none of them empty")
+            raise InvalidRequestError("stop", self.stop, strings)
         if stop and not self.detokenize:
             raise InvalidRequestError("stop", self.stop, "empty when detokenize is False", "Use stop_token_ids.")
-        token_ids = tuple(self.stop_token_ids or ())
-        for token_id in token_ids:
-            _check_count("stop_token_ids", token_id, 0, "a list of token ids")
-        object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", token_ids)
-        object.__setattr__(self, "seed", None if self.seed == -1 else self.seed)
+        put("stop", stop)
+        token_ids = _listed("stop_token_ids", self.stop_token_ids, "a list of token ids")
+        put("stop_token_ids", tuple(whole_number("stop_token_ids", i, 0, note=", each of them") for i in token_ids))
 
     @property
     def is_greedy(self) -> bool:
@@ -125,5 +145,7 @@ class Request:
     priority: int = 0
     prompt: str | None = None
 
+
+_FLAGS = ("ignore_eos", "detokenize", "skip_special_tokens", "spaces_between_special_tokens", "include_stop_str_in_output")
 
 SAMPLING_FIELDS = tuple(f.name for f in fields(SamplingParams))

@@ -7,10 +7,12 @@ import hashlib
 import itertools
 import uuid
 from collections.abc import Sequence
+from numbers import Integral
+from typing import Any
 
 from jaxserve.config import ResolvedConfig
 from jaxserve.errors import InvalidRequestError
-from jaxserve.request import Request, SamplingParams
+from jaxserve.request import Request, SamplingParams, whole_number
 from jaxserve.tokenization.tokenizer import Tokenizer
 
 
@@ -56,8 +58,10 @@ class RequestFactory:
         if isinstance(prompt, str):
             token_ids = self._encode(prompt, add_special_tokens, parse_special)
         else:
-            token_ids = tuple(prompt)
+            token_ids = _plain_ids(prompt)
         self._check_prompt(token_ids)
+        if request_id is not None and not isinstance(request_id, str):
+            raise InvalidRequestError("request_id", request_id, "a string")
         eos = self._eos_token_ids
         stops = frozenset(sampling.stop_token_ids or ())
         return Request(
@@ -67,7 +71,7 @@ class RequestFactory:
             stop_token_ids=stops if sampling.ignore_eos else stops | eos,
             eos_token_ids=eos,
             key=self._key(sampling.seed),
-            priority=priority,
+            priority=whole_number("priority", priority, -(2**31)),
             prompt=prompt if isinstance(prompt, str) else None,
         )
 
@@ -78,9 +82,7 @@ class RequestFactory:
             raise InvalidRequestError(
                 "prompt", f"{len(prompt)} characters", f"at most {self.max_prompt_chars} characters", "Shorten it."
             )
-        return tuple(
-            self._tokenizer.encode(prompt, add_special_tokens=add_special_tokens, parse_special=parse_special)
-        )
+        return tuple(self._tokenizer.encode(prompt, add_special_tokens=add_special_tokens, parse_special=parse_special))
 
     def _check_prompt(self, token_ids: tuple[int, ...]) -> None:
         limit, vocab_size = self._config.max_model_len, self._config.vocab_size
@@ -94,7 +96,7 @@ class RequestFactory:
                 "Shorten it or raise max_model_len.",
             )
         for token_id in token_ids:
-            if not isinstance(token_id, int) or isinstance(token_id, bool) or not 0 <= token_id < vocab_size:
+            if type(token_id) is not int or not 0 <= token_id < vocab_size:
                 raise InvalidRequestError("prompt_token_ids", token_id, f"whole numbers in [0, {vocab_size})")
 
     def _check_sampling(self, sampling: SamplingParams) -> None:
@@ -108,12 +110,18 @@ class RequestFactory:
             )
         for token_id in sampling.stop_token_ids or ():
             if token_id >= config.vocab_size:
-                raise InvalidRequestError(
-                    "stop_token_ids", token_id, f"in the vocabulary, [0, {config.vocab_size})"
-                )
+                raise InvalidRequestError("stop_token_ids", token_id, f"in the vocabulary, [0, {config.vocab_size})")
 
     def _key(self, seed: int | None) -> tuple[int, int]:
         """A request with a seed has the same key on every engine; one without differs from every other."""
         source = f"seed {seed}" if seed is not None else f"engine {self._config.seed} {next(self._ordinals)}"
         digest = hashlib.blake2b(source.encode(), digest_size=8).digest()
         return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
+
+
+def _plain_ids(prompt: Any) -> tuple[Any, ...]:
+    """Returns token ids as a tuple, those of numpy as plain ints; whether each of them is one is checked later."""
+    ids = prompt.tolist() if hasattr(prompt, "tolist") else prompt  # an array of numpy or jax
+    if not isinstance(ids, Sequence) or isinstance(ids, (bytes, bytearray)):
+        raise InvalidRequestError("prompt", prompt, "a text or a list of token ids")
+    return tuple(i if type(i) is int or isinstance(i, bool) or not isinstance(i, Integral) else int(i) for i in ids)

@@ -22,8 +22,12 @@ def current_platform() -> str:
     The default device comes first because a compilation for a GPU that is not there sets it (`gpu_compile`).
     """
     device = jax.config.jax_default_device
-    platform = jax.default_backend() if device is None else getattr(device, "platform", device)
-    return "gpu" if platform in ("cuda", "rocm") else platform
+    return _platform_of(jax.default_backend() if device is None else device)
+
+
+def _platform_of(device: object) -> str:
+    platform = getattr(device, "platform", device)
+    return "gpu" if platform in ("cuda", "rocm") else str(platform)
 
 
 def choose_and_call(

@@ -26,13 +26,13 @@ class TrainConfig:
     steps: int
     seed: int = 0
     tokens_per_step: int = 4096
-    phases: tuple[tuple[int, float], ...] = ((256, 0.84), (512, 0.06), (1024, 0.10))
+    phases: tuple[tuple[int, float], ...] = ((256, 0.82), (512, 0.06), (1024, 0.12))
     warmup_steps: int = 50
-    decay_share: float = 0.6
+    decay_share: float = 0.37
     muon_learning_rate: float = 0.02
     adam_learning_rate: float = 0.004
     weight_decay: float = 0.05
-    save_every_s: float = 480.0
+    save_every_s: float = 300.0
 
 
 @dataclasses.dataclass

@@ -107,10 +107,12 @@ def _download(hub: ModuleType, model: str, revision: str | None) -> Path:
         raise ModelNotFoundError(_unreachable(hub, named, error)) from error
     root = Path(snapshot)
     if not _is_complete(root):
-        # Tell the pickle-only repository apart: its files were never fetched.
+        if hub.constants.is_offline_mode():
+            raise ModelNotFoundError(_unreachable(hub, named, hub.errors.OfflineModeIsEnabled("offline")))
+        # A pickle-only repository, whose weights are never fetched; or the network failed and this is what was cached.
         raise ModelNotFoundError(
-            f"{named} has no {directory.CONFIG} and safetensors weights; other formats (pickles, GGUF) are not "
-            "fetched. Take a repository with .safetensors files, or convert it first."
+            f"{named} lacks {directory.CONFIG} or safetensors weights after fetching ({root}). Other formats (pickles, GGUF) "
+            "are not fetched: take a repository with .safetensors files, or convert it first. If the network failed, try again."
         )
     return root
 

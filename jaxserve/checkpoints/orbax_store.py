@@ -12,6 +12,7 @@ import contextlib
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -85,13 +86,7 @@ def save_from(
     if jax.process_count() > 1:
         raise CheckpointError(f"{path}: saving works from one process; gather the parameters to one and save them there.")
     with staged(Path(path), overwrite=overwrite) as root:
-        for group in _groups(specs):
-            arrays = {name: _savable(array) for name, array in source.iterate(group)}
-            with _orbax_errors(path, "written"), _saving(max(specs[name].num_bytes for name in group)):
-                ocp.partial.save(str(root / PARAMS), unflatten(arrays))
-            on_bytes(sum(specs[name].num_bytes for name in group))
-        with _orbax_errors(path, "written"):
-            ocp.partial.finalize(str(root / PARAMS))
+        _write_payload(root / PARAMS, source, on_bytes)
         write_files(root, config, files)
         return manifests.write(
             root,
@@ -99,6 +94,22 @@ def save_from(
             parameters={name: (spec.shape, spec.dtype.name) for name, spec in specs.items()},
             num_bytes=sum(spec.num_bytes for spec in specs.values()),
         )
+
+
+def _write_payload(payload: Path, source: ParameterSource, on_bytes: Callable[[int], Any]) -> None:
+    specs = source.specs
+
+    def write_group(arrays: dict[str, Any]) -> None:
+        with _saving(max(specs[name].num_bytes for name in arrays)):
+            ocp.partial.save(str(payload), unflatten(arrays))
+
+    # Ctrl-C inside Orbax would leave its threads writing into a directory that is being removed. It reaches this thread,
+    # which then waits for the other one: at most one group.
+    with ThreadPoolExecutor(1) as orbax, _orbax_errors(payload, "written"):
+        for group in _groups(specs):
+            orbax.submit(write_group, dict(source.iterate(group))).result()
+            on_bytes(sum(specs[name].num_bytes for name in group))
+        orbax.submit(ocp.partial.finalize, str(payload)).result()
 
 
 def write_files(root: Path, config: Mapping[str, Any] | bytes, files: Mapping[str, bytes]) -> None:
@@ -178,10 +189,6 @@ def _groups(specs: Mapping[str, TensorSpec]) -> Iterator[list[str]]:
         size += spec.num_bytes
     if group:
         yield group
-
-
-def _savable(array: Any) -> Any:
-    return array if isinstance(array, jax.Array) else np.asarray(array)
 
 
 @contextlib.contextmanager

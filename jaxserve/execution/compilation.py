@@ -1,6 +1,7 @@
 """Counts XLA compilations by jax's own events, so that "no compilation after ready" is a number and not a hope."""
 
 import threading
+from collections import Counter
 
 import jax
 
@@ -8,22 +9,20 @@ _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 
 class CompilationCounter:
-    """Counts every program that jax compiles in this process, eager helpers included."""
+    """Counts every program that jax compiles in this process, eager helpers included, by the thread that asked for it."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._count = 0
+        self._counts: Counter[int] = Counter()
         jax.monitoring.register_event_duration_secs_listener(self._on_event)
 
     def _on_event(self, event: str, duration_s: float, **_: object) -> None:
         del duration_s
         if event == _COMPILE_EVENT:
-            with self._lock:
-                self._count += 1
+            self._counts[threading.get_ident()] += 1
 
-    @property
-    def count(self) -> int:
-        return self._count
+    def count_of(self, thread: threading.Thread) -> int:
+        """Returns how many programs this thread has had compiled."""
+        return self._counts[thread.ident or 0]
 
 
 _process_counter: CompilationCounter | None = None

@@ -1,9 +1,9 @@
 """Decides what each step computes, and takes note of what came out. Pure Python; owns sequences, rows and pages.
 
-One idea: there is no prefill phase and no decode phase. A sequence has `num_known` tokens, `num_in_flight` more on the device, and
-`num_computed` positions; a step computes `min(budget, num_known + num_in_flight - num_computed)` of them. Step n + 1 is planned before
-step n is committed: nothing is planned past a length at which a sequence is certain to end, and a token that came for a sequence
-that has ended meanwhile is dropped at commit.
+One idea: there is no prefill phase and no decode phase. A sequence has `num_known` tokens, `num_in_flight` more on the device,
+and `num_computed` positions; a step computes `min(budget, num_known + num_in_flight - num_computed)` of them. Step n + 1 is
+planned before step n is committed: nothing is planned past a length at which a sequence is certain to end, and a token that came
+for a sequence that has ended meanwhile is dropped at commit.
 """
 
 from bisect import bisect_left, insort

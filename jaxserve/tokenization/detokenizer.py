@@ -24,14 +24,13 @@ from jaxserve.tokenization.stop_strings import StopChecker
 if TYPE_CHECKING:
     from jaxserve.tokenization.tokenizer import Tokenizer
 
-_REPLACEMENT = "\ufffd"
 _MAX_UNFINISHED_BYTES = 3  # a UTF-8 character has 4 at most
 
 
 class DetokenizerStream:
     """Tokens in, text out, without ever sending half a character."""
 
-    __slots__ = ("_dropping", "_prompt_owns_replacement", "_push_plain", "_table", "_unfinished")
+    __slots__ = ("_dropping", "_prompt_ending", "_push_plain", "_table", "_unfinished")
 
     def __init__(self, pieces: TokenPieces, prompt_token_ids: Sequence[int] = (), *, skip_special_tokens: bool = True):
         """Reads of the prompt only whether it has any text, and its last bytes.
@@ -45,8 +44,9 @@ class DetokenizerStream:
         # Spaces still to be dropped: only where the text starts with the answer.
         self._dropping = 0 if self._has_text(prompt_token_ids) else pieces.leading_spaces
         self._unfinished = self._unfinished_tail(prompt_token_ids)
-        self._prompt_owns_replacement = bool(self._unfinished)
-        self._push_plain = not self._dropping and not self._prompt_owns_replacement
+        # How the prompt's own text ends, should the answer not complete its last character.
+        self._prompt_ending = self._unfinished.decode("utf-8", "replace")
+        self._push_plain = not self._dropping and not self._prompt_ending
 
     def push(self, token_ids: Iterable[int]) -> str:
         """Appends tokens and returns the text that they settle; may be empty."""
@@ -73,10 +73,10 @@ class DetokenizerStream:
         data = self._unfinished + data
         text, used = utf_8_decode(data, "replace", final)
         self._unfinished = data[used:]
-        if self._prompt_owns_replacement and text:
-            self._prompt_owns_replacement = False
-            text = text.removeprefix(_REPLACEMENT)
-        self._push_plain = not self._dropping and not self._prompt_owns_replacement
+        if self._prompt_ending and text:
+            text = text.removeprefix(self._prompt_ending)
+            self._prompt_ending = ""
+        self._push_plain = not self._dropping and not self._prompt_ending
         return text
 
     def _drop_leading_spaces(self, data: bytes) -> bytes:

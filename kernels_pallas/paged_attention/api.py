@@ -6,6 +6,7 @@ Knows the contract and checks shapes; the backends know the arithmetic. Stateles
 import functools
 
 import jax
+import jax.numpy as jnp
 
 from kernels_pallas import dispatch
 from kernels_pallas.paged_attention.tiling import Tiling, default_tiling
@@ -76,6 +77,8 @@ def paged_attention(
       ValueError: shapes that do not belong together, or an unknown backend.
       NotImplementedError: no backend takes the arguments; the message has every reason.
     """
+    # A no-op on tracers; numpy arrays cannot be indexed by the kernels' loop counters.
+    operands = jax.tree.map(jnp.asarray, (q_TNH, k_pages_GKZH, v_pages_GKZH, block_tables_RP, batch))
     _, N, H = q_TNH.shape
     _, K, _, page_H = k_pages_GKZH.shape
     if v_pages_GKZH.shape != k_pages_GKZH.shape or page_H != H or N % K:
@@ -89,14 +92,10 @@ def paged_attention(
         "paged_attention",
         IMPLEMENTATIONS,
         backend,
-        q_TNH,
-        k_pages_GKZH,
-        v_pages_GKZH,
-        block_tables_RP,
-        batch,
+        *operands,
         scale=scale,
         sliding_window=sliding_window,
         soft_cap=soft_cap,
-        sinks_N=sinks_N,
+        sinks_N=None if sinks_N is None else jnp.asarray(sinks_N),
         tiling=tiling,
     )

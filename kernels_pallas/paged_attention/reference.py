@@ -29,7 +29,7 @@ def paged_attention_reference(
     T, N, H = q_TNH.shape
     _, K, Z, _ = k_pages_GKZH.shape
     R, P = block_tables_RP.shape
-    dtype = jnp.promote_types(q_TNH.dtype, jnp.float32)
+    dtype = jnp.float64 if q_TNH.dtype == jnp.float64 else jnp.float32
 
     token_T = jnp.arange(T, dtype=jnp.int32)
     num_tokens = batch.cu_q_lens_S1[batch.num_seqs_1[0]]

@@ -43,14 +43,39 @@ def _tuned() -> list[dict]:
     return json.loads((pathlib.Path(__file__).parent / "tuned.json").read_text())["entries"]
 
 
-def default_tiling(platform: str, *, num_q_heads: int, num_kv_heads: int, head_dim: int, page_size: int) -> Tiling:
-    """Returns the tuned tiling of a platform ("cpu", "gpu"; any other takes the CPU's) and a model's shape.
+def default_tiling(
+    platform: str,
+    *,
+    num_q_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    page_size: int,
+    dtype_bytes: int = 2,
+    device_kind: str = "",
+) -> Tiling:
+    """Returns the tuned tiling of a platform and a model's shape.
 
-    The first entry of `tuned.json` whose `platform` and `max_head_dim` fit gives the sizes. A split is enlarged to whole
-    pages; on a GPU the query tile is what fills `prefill_rows` rows of the matrix unit with the heads of one KV head.
+    The first entry of `tuned.json` that fits gives the sizes. A split is enlarged to whole pages; on a GPU the query tile
+    is what fills `prefill_rows` rows of the matrix unit with the query heads of one KV head.
+
+    Args:
+      platform: "cpu", "gpu" ("cuda" and "rocm" too); any other takes the CPU's sizes.
+      num_q_heads: query heads, of one device or of the model: only the ratio to `num_kv_heads` counts.
+      num_kv_heads: KV heads.
+      head_dim: head dim.
+      page_size: page size [tokens].
+      dtype_bytes: bytes of an element of q and of the pages.
+      device_kind: `jax.Device.device_kind`, such as "NVIDIA L4"; empty takes the platform's general entry.
     """
     platform = "gpu" if platform in ("gpu", "cuda", "rocm") else "cpu"
-    entry = next(e for e in _tuned() if e["platform"] == platform and head_dim <= e["max_head_dim"])
+    entry = next(
+        entry
+        for entry in _tuned()
+        if entry["platform"] == platform
+        and head_dim <= entry.get("max_head_dim", head_dim)
+        and dtype_bytes >= entry.get("min_dtype_bytes", 0)
+        and entry.get("device_kind", "").lower() in device_kind.lower()
+    )
     sizes = dict(entry["tiling"])
     sizes["split_size"] = -(-sizes["split_size"] // page_size) * page_size
     if "prefill_rows" in entry:

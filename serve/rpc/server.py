@@ -1,6 +1,7 @@
 """The gRPC server: its limits, its address, and which services it offers. Knows nothing of what they do."""
 
 import logging
+import socket
 
 import grpc
 from grpc_reflection.v1alpha import reflection
@@ -42,12 +43,15 @@ class RpcServer:
     def __init__(self, host: str, port: int):
         self._server = grpc.aio.server(options=_OPTIONS)
         self._health = Health(SERVICE.full_name)
+        self._is_started = False
         address = join(host, port)
         try:
+            _try_to_bind(host, port)
             self.port = self._server.add_insecure_port(address)
-        except RuntimeError as error:
+        except (OSError, RuntimeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "gRPC could not"
             raise ConfigError(
-                f"grpc_port: {address} cannot be bound ({_reason(error)}). Stop what listens there, or pass another --grpc-port."
+                f"grpc_port: {address} cannot be bound ({reason}). Stop what listens there, or pass another --host or --grpc-port."
             ) from None
         self.endpoint = join(host, self.port)
         log.info("gRPC listens on %s, without TLS", self.endpoint)
@@ -61,6 +65,7 @@ class RpcServer:
         if with_reflection:
             names = (SERVICE.full_name, "grpc.health.v1.Health", reflection.SERVICE_NAME)
             reflection.enable_server_reflection(names, self._server)
+        self._is_started = True
         await self._server.start()
         await self._health.set_serving()
 
@@ -70,6 +75,8 @@ class RpcServer:
 
     async def stop(self, grace_s: float) -> None:
         """Frees the port; calls that are open after the grace are cancelled."""
+        if not self._is_started:  # grpc.aio keeps the port of a server that was never started (1.85.1)
+            await self._server.start()
         await self._server.stop(grace_s)
 
 
@@ -78,10 +85,10 @@ def join(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def _reason(error: RuntimeError) -> str:
-    """The shortest true part of gRPC's message, which is a paragraph of addresses and file names."""
-    text = str(error)
-    for known in ("Address already in use", "Cannot assign requested address", "Permission denied"):
-        if known in text:
-            return known
-    return text.splitlines()[0][:200]
+def _try_to_bind(host: str, port: int) -> None:
+    """Raises the OSError that says what is wrong: gRPC has a line in its own log and an error without a reason."""
+    family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as gRPC does, or a restart would wait a minute
+        probe.bind(address)
+        probe.listen()

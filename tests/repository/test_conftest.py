@@ -1,5 +1,6 @@
 """The rules of tests/conftest.py and pyproject.toml hold: each of them can fail a run."""
 
+import os
 import subprocess
 import sys
 import warnings
@@ -23,7 +24,8 @@ def _run(folder: Path, test: str, **replaced: str) -> subprocess.CompletedProces
     (folder / "tests" / "serve" / "test_it.py").write_text(f"import pytest\n\n{test}")
     (folder / "pytest.ini").write_text("[pytest]\n")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
 def test_eight_strict_cpu_devices():

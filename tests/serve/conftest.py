@@ -78,7 +78,7 @@ class FakeClient:
         return sorted(self._running)
 
     def _run(self):
-        while not self.is_closed:
+        while not self.is_closed or not self._inbox.empty():
             while not self._inbox.empty():
                 verb, what, listener = self._inbox.get()
                 if verb == "submit":

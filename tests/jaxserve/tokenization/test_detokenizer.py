@@ -111,6 +111,8 @@ def test_a_character_split_between_prompt_and_answer(tokenizers_by_flavour: dict
     assert broken.push([letter]) + broken.flush() == "x"
     ended = tokenizer.new_stream([e4])
     assert ended.push([b8]) + ended.flush() == ""
+    surrogate = tokenizer.new_stream([by_byte[b"\xed"], by_byte[b"\xa0"]])  # U+FFFD twice in the prompt's own text
+    assert surrogate.push([letter]) + surrogate.flush() == "x"
     # A break of the answer's own is the answer's.
     own = tokenizer.new_stream([letter])
     assert own.push([e4, b8, letter]) + own.flush() == REPLACEMENT + "x"

@@ -1,0 +1,240 @@
+"""`jaxserve serve --model toy` as a process of its own, and clients on a real socket that know the .proto and plain grpcio.
+
+The toy model's next token is 32 + (sum over positions j of ((j mod 31) + 1) * token_j) mod 95, so every answer is known.
+"""
+
+import os
+import queue
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+import serve
+from serve.protos.jaxserve.v1 import jaxserve_pb2 as pb
+from serve.protos.jaxserve.v1 import jaxserve_pb2_grpc
+
+ROOT = Path(serve.__file__).resolve().parent.parent
+COMMAND = [sys.executable, "-m", "serve.cli"]
+ENVIRONMENT = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "PYTHONUNBUFFERED": "1"}
+SMALL = "--model toy --grpc-port 0 --max-model-len 8192 --max-num-seqs 4 --max-num-batched-tokens 32 --page-size 16 --num-pages 600"
+START_TIMEOUT_S = 100.0
+
+pytestmark = pytest.mark.timeout(180)
+
+
+def continuation(prompt, num_tokens):
+    ids = [ord(c) for c in prompt]
+    for _ in range(num_tokens):
+        ids.append(32 + sum((j % 31 + 1) * token for j, token in enumerate(ids)) % 95)
+    return "".join(map(chr, ids[len(prompt) :]))
+
+
+class Server:
+    """A server process that is ready; its output lines, and a stub."""
+
+    def __init__(self):
+        self.process = subprocess.Popen(
+            [*COMMAND, "serve", *SMALL.split(), "--drain-timeout-s", "20", "--log-level", "warning"],
+            cwd=ROOT,
+            env=ENVIRONMENT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.errors = []
+        lines = queue.Queue()
+        threading.Thread(target=lambda: self.errors.extend(self.process.stderr), daemon=True).start()
+        threading.Thread(target=lambda: [lines.put(line) for line in self.process.stdout], daemon=True).start()
+        try:
+            self.ready_line, self.command_line = (lines.get(timeout=START_TIMEOUT_S).rstrip("\n") for _ in range(2))
+        except queue.Empty:
+            self.process.kill()
+            raise AssertionError("".join(self.errors)) from None
+        self.endpoint = re.search(r"endpoint (\S+),", self.ready_line)[1]
+        self.channel = grpc.insecure_channel(self.endpoint)
+        self.stub = jaxserve_pb2_grpc.GenerationServiceStub(self.channel)
+
+    def close(self):
+        self.channel.close()
+        if self.process.poll() is None:
+            self.process.terminate()
+        self.process.wait(timeout=40)
+        self.process.stdout.close()
+        self.process.stderr.close()
+
+
+_servers = []
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _close_servers():
+    yield
+    for server in _servers:
+        server.close()
+
+
+@pytest.fixture
+def server():
+    """The module's server; a test may stop it, the next one then gets a new one."""
+    if not _servers or _servers[-1].process.poll() is not None:
+        _servers.append(Server())
+    return _servers[-1]
+
+
+def ask(prompt="def fib(n):", **sampling):
+    return pb.GenerateRequest(text=prompt, sampling=pb.SamplingParams(**{"temperature": 0.0, **sampling}))
+
+
+def text_of(call):
+    return "".join(message.text for message in call)
+
+
+def test_the_ready_lines_say_where_and_how(server):
+    assert re.fullmatch(r"jaxserve ready: model toy, endpoint 127\.0\.0\.1:\d+, started in \d+\.\d s", server.ready_line)
+    match = re.fullmatch(r"try: (.+) generate \"def fib\(n\):\" --endpoint (\S+)", server.command_line)
+    assert match[2] == server.endpoint
+
+
+def test_the_printed_command_streams_the_completion(server):
+    command = server.command_line.removeprefix("try: ")
+    done = subprocess.run(["sh", "-c", command], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (0, continuation("def fib(n):", 128))
+    assert done.stderr.startswith("[length: 11 prompt tokens")
+
+
+def test_concurrent_streams_each_get_their_own_answer(server):
+    prompts = [f"request {i} " + "x" * (7 * i) for i in range(12)]
+
+    def one(prompt):
+        with grpc.insecure_channel(server.endpoint) as channel:
+            return text_of(jaxserve_pb2_grpc.GenerationServiceStub(channel).Generate(ask(prompt, max_tokens=60)))
+
+    with ThreadPoolExecutor(12) as pool:
+        answers = list(pool.map(one, prompts))
+    assert answers == [continuation(prompt, 60) for prompt in prompts]
+
+
+def test_usage_counts_what_was_streamed(server):
+    messages = list(server.stub.Generate(ask("usage", max_tokens=30, logprobs=1)))
+    assert [len(m.logprobs) for m in messages] == [len(m.token_ids) for m in messages]
+    assert sum(len(m.token_ids) for m in messages) == messages[-1].usage.completion_tokens == 30
+    assert messages[-1].usage.prompt_tokens == 5
+    assert messages[-1].finish_reason == pb.FINISH_REASON_LENGTH
+
+
+def test_a_stop_string_ends_the_text_before_it(server):
+    text = continuation("stop", 20)
+    stop = text[3:5]
+    call = list(server.stub.Generate(ask("stop", max_tokens=20, stop=[stop])))
+    assert "".join(m.text for m in call) == text[: text.index(stop)]
+    assert (call[-1].finish_reason, call[-1].stop_string) == (pb.FINISH_REASON_STOP, stop)
+
+
+def test_cancelled_and_expired_streams_free_their_pages(server):
+    """Ten streams that would fill the pool of 600 pages if they kept theirs, each stopped after its first token."""
+    for i in range(10):
+        prompt = f"{i} " + "y" * 1500
+        timeout = 1.5 if i % 2 else None
+        call = server.stub.Generate(ask(prompt, max_tokens=6000), timeout=timeout)
+        assert next(call).token_ids
+        if timeout is None:
+            call.cancel()
+        with pytest.raises(grpc.RpcError) as caught:
+            text_of(call)
+        expected = grpc.StatusCode.CANCELLED if timeout is None else grpc.StatusCode.DEADLINE_EXCEEDED
+        assert caught.value.code() is expected
+    assert text_of(server.stub.Generate(ask("z" * 1900, max_tokens=20), timeout=30)) == continuation("z" * 1900, 20)
+
+
+def test_a_client_that_is_killed_does_no_harm(server):
+    client = subprocess.Popen(
+        [*COMMAND, "generate", "killed", "--endpoint", server.endpoint, "--max-tokens", "6000"],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+    assert client.stdout.read(5) == continuation("killed", 5).encode()
+    client.kill()
+    client.wait(10)
+    client.stdout.close()
+    assert text_of(server.stub.Generate(ask("after", max_tokens=9), timeout=30)) == continuation("after", 9)
+
+
+def test_ctrl_c_ends_the_command_with_130(server):
+    client = subprocess.Popen(
+        [*COMMAND, "generate", "interrupted", "--endpoint", server.endpoint, "--max-tokens", "6000"],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert client.stdout.read(5) == continuation("interrupted", 5).encode()
+    client.send_signal(signal.SIGINT)
+    _, errors = client.communicate(timeout=20)
+    assert (client.returncode, errors) == (130, b"")
+
+
+@pytest.mark.parametrize(
+    ("request_", "path"),
+    [
+        (pb.GenerateRequest(), b"prompt"),
+        (pb.GenerateRequest(text="a", sampling=pb.SamplingParams(top_p=float("nan"))), b"sampling.top_p"),
+        (pb.GenerateRequest(text="a", sampling=pb.SamplingParams(max_tokens=-1)), b"sampling.max_tokens"),
+        (pb.GenerateRequest(text="x" * 8192), b"text"),
+        (pb.GenerateRequest(token_ids=pb.TokenIds(ids=[128])), b"token_ids.ids"),
+    ],
+)
+def test_bad_requests_are_invalid_arguments_that_name_the_field(server, request_, path):
+    with pytest.raises(grpc.RpcError) as caught:
+        next(server.stub.Generate(request_))
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    [details] = [value for key, value in caught.value.trailing_metadata() if key == "grpc-status-details-bin"]
+    assert b"google.rpc.BadRequest" in details
+    assert path in details
+
+
+def test_abort_by_id(server):
+    call = server.stub.Generate(ask("abort", max_tokens=6000), metadata=(("x-request-id", "abort-me"),))
+    next(call)
+    assert list(server.stub.Abort(pb.AbortRequest(request_ids=["abort-me", "?"])).aborted_request_ids) == ["abort-me"]
+    assert list(call)[-1].finish_reason == pb.FINISH_REASON_ABORT
+
+
+def test_tokenizer_and_model_are_those_of_the_engine(server):
+    ids = list(server.stub.Tokenize(pb.TokenizeRequest(text="ab")).token_ids)
+    assert ids == [97, 98]
+    assert server.stub.Detokenize(pb.DetokenizeRequest(token_ids=ids)).text == "ab"
+    model = server.stub.GetModel(pb.GetModelRequest())
+    assert (model.model, model.vocab_size, model.max_model_len, model.max_num_seqs) == ("toy", 128, 8192, 4)
+
+
+def test_sigterm_lets_open_streams_finish_then_exits_0_and_frees_the_port(server):
+    calls = [server.stub.Generate(ask(f"drain {i}", max_tokens=1000)) for i in range(3)]
+    for call in calls:
+        next(call)  # they are running now; the texts' first tokens are checked with the rest of the tokens below
+    server.process.send_signal(signal.SIGTERM)
+    health = health_pb2_grpc.HealthStub(server.channel)
+    deadline_s = time.monotonic() + 10
+    while health.Check(health_pb2.HealthCheckRequest()).status != health_pb2.HealthCheckResponse.NOT_SERVING:
+        assert time.monotonic() < deadline_s
+    with pytest.raises(grpc.RpcError) as caught:
+        next(server.stub.Generate(ask("new")))
+    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    for call in calls:
+        last = list(call)[-1]
+        assert (last.finish_reason, last.usage.completion_tokens) == (pb.FINISH_REASON_LENGTH, 1000)
+    assert server.process.wait(timeout=30) == 0
+    with grpc.insecure_channel(server.endpoint) as channel, pytest.raises(grpc.RpcError) as caught:
+        jaxserve_pb2_grpc.GenerationServiceStub(channel).GetModel(pb.GetModelRequest())
+    assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert [line for line in server.errors if "Traceback" in line or " ERROR " in line] == []
