@@ -6,7 +6,7 @@ Owns the mapping from request id to what its reader has not read yet, on one eve
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 
 from jaxserve.engine_client import EngineClient, EngineStats
 from jaxserve.errors import InvalidRequestError, OverloadedError
@@ -75,7 +75,7 @@ class AsyncEngine:
                 pending.deltas = []
                 self._client.abort([delta.request_id])
 
-    async def stream(self, request: Request) -> AsyncIterator[TokenDelta]:
+    async def stream(self, request: Request) -> AsyncGenerator[TokenDelta, None]:
         """Yields the request's deltas up to the last one; deltas that piled up meanwhile come one by one.
 
         Closing the iterator early, or cancelling the task that reads it, aborts the request. A reader that may stop
@@ -91,7 +91,7 @@ class AsyncEngine:
                 for delta in batch:
                     yield delta
 
-    async def stream_batches(self, request: Request) -> AsyncIterator[list[TokenDelta]]:
+    async def stream_batches(self, request: Request) -> AsyncGenerator[list[TokenDelta], None]:
         """Like `stream`, but yields all deltas that are there at once: one list, at least one delta long."""
         if request.request_id in self._pending:
             raise InvalidRequestError("request_id", request.request_id, "unused by any running request")

@@ -166,8 +166,10 @@ def resolve(
         page_size=page_size,
         num_pages=num_pages,
         max_pages_per_seq=-(-max_model_len // page_size),
-        token_buckets=powers_of_two(min(defaults.smallest_token_bucket, max_tokens), max_tokens, defaults.bucket_factor),
-        sequence_buckets=powers_of_two(1, max_num_seqs),
+        token_buckets=_buckets(
+            "token_buckets", config.token_buckets, min(defaults.smallest_token_bucket, max_tokens), max_tokens, defaults
+        ),
+        sequence_buckets=_buckets("sequence_buckets", config.sequence_buckets, 1, max_num_seqs, defaults),
         split_size=tiling.split_size,
         query_tile=tiling.query_tile,
         # Every row's first split, and all splits that a full pool can hold; shared pages may ask for more and then wait.
@@ -177,6 +179,14 @@ def resolve(
         attention_backend=config.attention_backend,
     )
     return resolved, tiling
+
+
+def _buckets(name: str, asked: tuple[int, ...] | None, low: int, high: int, defaults: PlatformDefaults) -> tuple[int, ...]:
+    if asked is None:
+        return powers_of_two(low, high, defaults.bucket_factor if name == "token_buckets" else 2)
+    if asked[-1] != high:
+        raise ConfigError(f"{name} must end with {high}, the most that a step may hold, got {asked}.")
+    return asked
 
 
 def _platform() -> str:

@@ -4,6 +4,7 @@ Knows names, defaults and ranges; knows nothing of devices or models: `build` tu
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 from numbers import Integral, Real
 from os import PathLike, fspath
 
@@ -32,6 +33,9 @@ class EngineConfig:
         seed: of the engine; a request without its own seed draws from it.
         max_logprobs: largest `logprobs` a request may ask for.
         attention_backend: "auto", or the name of one implementation of paged attention.
+        token_buckets: sizes of the mixed program [tokens]; fewer start faster, more pad less. The largest must be
+            max_num_batched_tokens.
+        sequence_buckets: sizes of the decode and head programs [sequences]; likewise, up to max_num_seqs.
         compilation_cache_dir: of XLA's persistent cache; None takes a directory of the user, "" turns it off.
         revision: of a Hub id.
     """
@@ -51,6 +55,8 @@ class EngineConfig:
     seed: int = 0
     max_logprobs: int = 20
     attention_backend: str = "auto"
+    token_buckets: tuple[int, ...] | None = None
+    sequence_buckets: tuple[int, ...] | None = None
     compilation_cache_dir: str | None = None
     revision: str | None = None
 
@@ -72,6 +78,8 @@ class EngineConfig:
         ):
             if getattr(self, name) is not None or name == "tensor_parallel_size":
                 self._check_count(name, 1, 2**63 - 1, "a whole number of at least 1")
+        for name in ("token_buckets", "sequence_buckets"):
+            self._check_buckets(name)
         self._check_count("seed", 0, 2**63 - 1, "a whole number in [0, 2**63)")
         self._check_count("max_logprobs", 0, 128, "a whole number in [0, 128]")
         if self.dtype not in DTYPES:
@@ -85,6 +93,16 @@ class EngineConfig:
             raise ConfigError(f"gpu_memory_utilization must be in (0, 1], got {share!r}.")
         if self.page_size is not None and (self.page_size & (self.page_size - 1) or not 8 <= self.page_size <= 256):
             raise ConfigError(f"page_size must be a power of two in [8, 256], got {self.page_size}.")
+
+    def _check_buckets(self, name: str) -> None:
+        sizes = getattr(self, name)
+        if sizes is None:
+            return
+        sizes = tuple(sizes)
+        is_ascending = all(a < b for a, b in pairwise((0, *sizes))) if all(type(n) is int for n in sizes) else False
+        if not sizes or not is_ascending:
+            raise ConfigError(f"{name} must be ascending whole numbers of at least 1, got {sizes!r}.")
+        object.__setattr__(self, name, sizes)
 
     def _check_count(self, name: str, low: int, high: int, allowed: str) -> None:
         value = getattr(self, name)

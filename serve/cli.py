@@ -5,6 +5,7 @@ completion of `generate`, the ready lines of `serve`.
 """
 
 import contextlib
+import io
 import logging
 import os
 import shutil
@@ -12,7 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -32,8 +33,10 @@ app = typer.Typer(
 )
 
 ConfigOption = Annotated[
-    Optional[Path],
-    typer.Option("--config", metavar="FILE.yaml", help="Settings as a YAML mapping, keys spelled as the flags with underscores."),
+    Path | None,
+    typer.Option(
+        "--config", metavar="FILE.yaml", help="Settings as a YAML mapping, keys spelled as the flags with underscores."
+    ),
 ]
 
 
@@ -89,18 +92,20 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="What to continue; - reads it from standard input.")],
     *,
     endpoint: Annotated[
-        Optional[str], typer.Option(metavar="HOST:PORT", help="A running server; without it the model is loaded here.")
+        str | None, typer.Option(metavar="HOST:PORT", help="A running server; without it the model is loaded here.")
     ] = None,
     max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 takes the most likely token always, so that a run can be repeated.")] = 0.0,
+    temperature: Annotated[
+        float, typer.Option(help="0 takes the most likely token always, so that a run can be repeated.")
+    ] = 0.0,
     top_p: Annotated[float, typer.Option(help="Smallest set of likely tokens with this probability.")] = 1.0,
     top_k: Annotated[int, typer.Option(help="As many most likely tokens; 0 keeps all.")] = 0,
     min_p: Annotated[float, typer.Option(help="Least probability relative to the most likely token's.")] = 0.0,
-    seed: Annotated[Optional[int], typer.Option(help="Makes a run with a temperature repeatable.")] = None,
-    stop: Annotated[Optional[list[str]], typer.Option(help="A string that ends the completion; may be repeated.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Makes a run with a temperature repeatable.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="A string that ends the completion; may be repeated.")] = None,
     min_tokens: Annotated[int, typer.Option(help="No end before as many tokens.")] = 0,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after the end-of-sequence token.")] = False,
-    timeout_s: Annotated[Optional[float], typer.Option(help="Give up after as many seconds (with --endpoint).")] = None,
+    timeout_s: Annotated[float | None, typer.Option(help="Give up after as many seconds (with --endpoint).")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Nothing but errors on stderr.")] = False,
     config: ConfigOption = None,
     **settings: Any,
@@ -139,8 +144,8 @@ def convert(
     source: Annotated[str, typer.Argument(help="A directory or a Hub id.")],
     destination: Annotated[Path, typer.Argument(help="A directory that does not exist yet, or is empty.")],
     *,
-    dtype: Annotated[Optional[str], typer.Option(help="Of the parameters; the source's own by default.")] = None,
-    to: Annotated[str, typer.Option(help="orbax or huggingface.")] = "orbax",
+    dtype: Annotated[str | None, typer.Option(help="Of the parameters; the source's own by default.")] = None,
+    to: Annotated[Literal["orbax", "huggingface"], typer.Option(help="The format to write.")] = "orbax",
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Nothing but errors on stderr.")] = False,
 ) -> None:
     """Convert a checkpoint: Hugging Face safetensors to Orbax, and back."""
@@ -156,7 +161,7 @@ class _Writer:
     """Standard output as a stream of text, and how fast it came."""
 
     def __init__(self) -> None:
-        if hasattr(sys.stdout, "reconfigure"):
+        if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="replace")
         self._first_s: float | None = None
         self._last_s = 0.0
@@ -230,13 +235,16 @@ def _errors_on_one_line() -> Iterator[None]:
 
 
 def _log_to_stderr(level: str) -> None:
+    """Our own loggers at the level; others, of which jax is a talkative one, from WARNING up."""
     logging.basicConfig(
-        stream=sys.stderr, level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
+        stream=sys.stderr, level="WARNING", format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
     )
+    for name in ("serve", "jaxserve", "kernels_pallas", "sharding"):
+        logging.getLogger(name).setLevel(level.upper())
 
 
 def _say_ready(model: str, endpoint: str, seconds: float) -> None:
-    for host, reachable in (("0.0.0.0:", "127.0.0.1:"), ("[::]:", "[::1]:")):  # noqa: S104  a comparison, no binding
+    for host, reachable in (("0.0.0.0:", "127.0.0.1:"), ("[::]:", "[::1]:")):
         if endpoint.startswith(host):
             endpoint = reachable + endpoint.removeprefix(host)
     typer.echo(f"jaxserve ready: model {model}, endpoint {endpoint}, started in {seconds:.1f} s")

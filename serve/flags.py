@@ -1,6 +1,6 @@
 """From the fields of a settings dataclass to command line flags: one flag a field, spelled alike, its text from the docstring.
 
-Knows dataclasses and typer; knows no setting by name. So a field of `EngineConfig` is a flag of `jaxserve serve` without a line here.
+Knows dataclasses and typer, and no setting by name: a new field of `EngineConfig` is a flag without a line here.
 """
 
 import dataclasses
@@ -12,7 +12,6 @@ from collections.abc import Callable, Container
 from typing import Annotated, Any
 
 import typer
-
 
 PANELS = {"EngineConfig": "Engine", "ServerConfig": "Service"}
 """Dataclass -> heading of its flags in the help text."""
@@ -32,7 +31,7 @@ def with_flags(*kinds: type, without: Container[str] = ()) -> Callable[[Callable
         own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
         fields = [(kind, field) for kind in kinds for field in dataclasses.fields(kind) if field.name not in without]
         flags = [_parameter(kind, field) for kind, field in fields]
-        command.__signature__ = signature.replace(parameters=own + flags)  # type: ignore[attr-defined]
+        command.__signature__ = signature.replace(parameters=own + flags)
         command.__annotations__ = {p.name: p.annotation for p in own + flags}
         return command
 

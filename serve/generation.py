@@ -72,7 +72,7 @@ def generate_remotely(
         call = jaxserve_pb2_grpc.GenerationServiceStub(channel).Generate(request, timeout=timeout_s)
         try:
             message = None
-            for message in call:  # noqa: B007  the last one is read below
+            for message in call:
                 write(message.text)
         except grpc.RpcError as error:
             raise RemoteError(_explain(endpoint, error.code(), error.details())) from None

@@ -153,9 +153,14 @@ def _merge(flags: dict[str, Any], from_yaml: dict[str, Any]) -> dict[str, Any]:
 
         @classmethod
         def settings_customise_sources(
-            cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, **sources: Any
+            cls,
+            settings_cls: type[BaseSettings],
+            init_settings: PydanticBaseSettingsSource,
+            env_settings: PydanticBaseSettingsSource,
+            dotenv_settings: PydanticBaseSettingsSource,
+            file_secret_settings: PydanticBaseSettingsSource,
         ) -> tuple[PydanticBaseSettingsSource, ...]:
-            return init_settings, sources["env_settings"], InitSettingsSource(settings_cls, init_kwargs=from_yaml)
+            return init_settings, env_settings, InitSettingsSource(settings_cls, init_kwargs=from_yaml)
 
     fields: dict[str, Any] = {
         field.name: (field_types()[field.name], field.default)

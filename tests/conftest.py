@@ -40,7 +40,7 @@ BUDGETS_S = {
 """What the tests below tests/<key> may take together on an idle machine [s]; the longest key counts. All: under 10 minutes."""
 
 EXPECTED_SKIPS = {
-    r"could not import '(torch|transformers)'": sys.version_info >= (3, 12),
+    r"could not import '(torch|transformers)'|transformers is the oracle": sys.version_info >= (3, 12),
 }
 """Pattern of a skip's reason -> whether it is expected here.
 

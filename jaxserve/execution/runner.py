@@ -173,6 +173,10 @@ class Runner:
         assert s is not None
         return tuple(np.asarray(x) for x in (s.logprobs_S, s.ranks_S, s.top_ids_SQ, s.top_logprobs_SQ))
 
+    def resident(self) -> tuple[Any, DeviceState]:
+        """Returns all that stays on the devices: parameters and state. To be looked at, never kept."""
+        return self._params, self._state
+
     def memory_report(self) -> dict[str, Any]:
         """Returns memory_analysis() of each program by name."""
         named: Iterator[tuple[str, _Program]] = iter(

@@ -320,5 +320,5 @@ def _leave(line: list[Sequence], sequence: Sequence) -> None:
 
 def _row_sampling(request: Request) -> RowSampling:
     sampling = request.sampling
-    temperature = 0.0 if sampling.is_greedy else max(sampling.temperature, 0.01)
+    temperature = 0.0 if sampling.is_greedy else sampling.temperature
     return RowSampling(temperature, max(sampling.top_k, 0), sampling.top_p, sampling.min_p, request.key)

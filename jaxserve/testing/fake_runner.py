@@ -108,7 +108,11 @@ class FakeRunner:
         self.before_wait: Callable[[StepPlan], None] = lambda plan: None
         self._config, self._next_token = config, next_token
         self._ladder = Ladder(config)
-        self._layouts = {b: backbone_layout(self._ladder, b, num_groups) for b in self._ladder.backbones()}
+        self._buffers: dict[BackboneBucket, tuple[np.ndarray, dict[str, np.ndarray]]] = {}
+        for bucket in self._ladder.backbones():
+            layout = backbone_layout(self._ladder, bucket, num_groups)
+            buffer = np.empty(layout.size, np.int32)
+            self._buffers[bucket] = buffer, layout.host_views(buffer)
         # No token is -1, so that a slot that nobody has written cannot pass for one.
         self._pages = np.full((num_groups, config.num_pages, config.page_size), -1)
         self._tables = np.zeros((num_groups, config.max_num_seqs, config.max_pages_per_seq), np.int64)
@@ -124,8 +128,8 @@ class FakeRunner:
         for admission in plan.admissions:
             self._owners[admission.row] = admission.request_id
         bucket = self._ladder.backbone_for(plan.num_tokens, all(s.num_tokens == 1 for s in plan.sequences))
-        layout = self._layouts[bucket]
-        views = layout.host_views(np.full(layout.size, -77, np.int32))
+        buffer, views = self._buffers[bucket]
+        buffer[:] = -77  # what packing leaves out must hurt
         sampling = pack_backbone(plan, bucket, self._ladder, views)
         self._check_updates(plan, bucket)
         for group, row, index, page in views["page_updates_U4"]:

@@ -41,8 +41,7 @@ class DetokenizerStream:
             skip_special_tokens: whether special tokens add nothing.
         """
         self._table = pieces.table(skip_special_tokens)
-        # Spaces still to be dropped: only where the text starts with the answer.
-        self._dropping = 0 if self._has_text(prompt_token_ids) else pieces.leading_spaces
+        self._dropping = self._spaces_to_drop(pieces.leading_spaces, prompt_token_ids)
         self._unfinished = self._unfinished_tail(prompt_token_ids)
         # How the prompt's own text ends, should the answer not complete its last character.
         self._prompt_ending = self._unfinished.decode("utf-8", "replace")
@@ -87,8 +86,16 @@ class DetokenizerStream:
             self._dropping = 0
         return data
 
-    def _has_text(self, token_ids: Sequence[int]) -> bool:
-        return any(self._table[i] for i in token_ids)
+    def _spaces_to_drop(self, leading_spaces: int, prompt_token_ids: Sequence[int]) -> int:
+        """How many are left: none where the prompt has text, all but the prompt's own where it has only spaces."""
+        for token_id in prompt_token_ids if leading_spaces else ():
+            piece = self._table[token_id]
+            if piece.strip(b" "):
+                return 0
+            leading_spaces -= len(piece)
+            if leading_spaces <= 0:
+                return 0
+        return leading_spaces
 
     def _unfinished_tail(self, token_ids: Sequence[int]) -> bytes:
         """The last bytes, where they are the start of a character; a lead byte always starts one anew, so 3 suffice."""

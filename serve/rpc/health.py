@@ -9,7 +9,7 @@ class Health:
 
     def __init__(self, service_name: str):
         self._names = ("", service_name)
-        self._servicer = health.aio.HealthServicer()
+        self._servicer = health.aio.HealthServicer()  # pyright: ignore[reportAttributeAccessIssue]  re-exported without a type
 
     async def register(self, server: grpc.aio.Server) -> None:
         for name in self._names:

@@ -51,7 +51,7 @@ class RpcServer:
         except (OSError, RuntimeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "gRPC could not"
             raise ConfigError(
-                f"grpc_port: {address} cannot be bound ({reason}). Stop what listens there, or pass another --host or --grpc-port."
+                f"grpc_port: {address} cannot be bound ({reason}). Stop what listens there, or change --host or --grpc-port."
             ) from None
         self.endpoint = join(host, self.port)
         log.info("gRPC listens on %s, without TLS", self.endpoint)

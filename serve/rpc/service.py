@@ -92,7 +92,7 @@ class GenerationService:
                 raise DrainingError("The server is shutting down and takes no new requests.")
             call = validation.generate_call(
                 request,
-                context.invocation_metadata() or (),
+                tuple(context.invocation_metadata() or ()),
                 model_name=self._config.model_name,
                 max_model_len=self._config.max_model_len,
             )

@@ -20,7 +20,7 @@ def tiny_llm(tiny_dir):
 
     At the end it must not have compiled anything since it was ready, nor lost a page.
     """
-    limits = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "page_size": 8, "num_pages": 48}
+    limits = {"max_num_seqs": 8, "max_num_batched_tokens": 64, "page_size": 8, "num_pages": 48, "sequence_buckets": (1, 8)}
     with LLM(str(tiny_dir), use_tqdm=False, **limits) as llm:
         yield llm
         stats = llm.stats()

@@ -111,7 +111,9 @@ class FakeClient:
     def _delta(self, request, token_ids, num, finish_reason):
         logprobs = None
         if request.sampling.logprobs is not None:
-            logprobs = [{t: Logprob(-0.5, 2, chr(t)), 65: Logprob(-0.25, 1, "A"), 66: Logprob(-3.0, 3, "B")} for t in token_ids]
+            logprobs = [
+                {t: Logprob(-0.5, 2, chr(t)), 65: Logprob(-0.25, 1, "A"), 66: Logprob(-3.0, 3, "B")} for t in token_ids
+            ]
         return TokenDelta(
             request.request_id,
             self.text or "".join(chr(t) for t in token_ids),

@@ -119,7 +119,7 @@ def test_an_error_in_the_middle_keeps_what_was_streamed(run, configs, client):
     client.fail_at = 5
     client.error = CheckpointError("weights are gone")
     result = run("generate", "abc")
-    assert (result.exit_code, result.stdout, result.stderr) == (1, " !\"#$", "error: weights are gone\n")
+    assert (result.exit_code, result.stdout, result.stderr) == (1, ' !"#$', "error: weights are gone\n")
 
 
 def test_an_unforeseen_error_says_how_to_see_more(run, configs, client, monkeypatch):

@@ -3,6 +3,7 @@
 The toy model's next token is 32 + (sum over positions j of ((j mod 31) + 1) * token_j) mod 95, so every answer is known.
 """
 
+import itertools
 import os
 import queue
 import re
@@ -25,7 +26,7 @@ from serve.protos.jaxserve.v1 import jaxserve_pb2_grpc
 ROOT = Path(serve.__file__).resolve().parent.parent
 COMMAND = [sys.executable, "-m", "serve.cli"]
 ENVIRONMENT = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "PYTHONUNBUFFERED": "1"}
-SMALL = "--model toy --grpc-port 0 --max-model-len 8192 --max-num-seqs 4 --max-num-batched-tokens 32 --page-size 16 --num-pages 600"
+ENGINE = "--model toy --max-model-len 4096 --max-num-seqs 4 --max-num-batched-tokens 32 --page-size 16 --num-pages 600"
 START_TIMEOUT_S = 100.0
 
 pytestmark = pytest.mark.timeout(180)
@@ -43,7 +44,7 @@ class Server:
 
     def __init__(self):
         self.process = subprocess.Popen(
-            [*COMMAND, "serve", *SMALL.split(), "--drain-timeout-s", "20", "--log-level", "warning"],
+            [*COMMAND, "serve", *ENGINE.split(), "--grpc-port", "0", "--drain-timeout-s", "20", "--log-level", "warning"],
             cwd=ROOT,
             env=ENVIRONMENT,
             stdout=subprocess.PIPE,
@@ -52,41 +53,62 @@ class Server:
         )
         self.errors = []
         lines = queue.Queue()
-        threading.Thread(target=lambda: self.errors.extend(self.process.stderr), daemon=True).start()
-        threading.Thread(target=lambda: [lines.put(line) for line in self.process.stdout], daemon=True).start()
-        try:
-            self.ready_line, self.command_line = (lines.get(timeout=START_TIMEOUT_S).rstrip("\n") for _ in range(2))
-        except queue.Empty:
-            self.process.kill()
-            raise AssertionError("".join(self.errors)) from None
+        self.readers = [
+            threading.Thread(target=lambda: self.errors.extend(self.process.stderr)),
+            threading.Thread(target=lambda: [lines.put(line) for line in itertools.chain(self.process.stdout, [""])]),
+        ]
+        for thread in self.readers:
+            thread.start()
+        self.ready_line, self.command_line = (self._line(lines) for _ in range(2))
         self.endpoint = re.search(r"endpoint (\S+),", self.ready_line)[1]
         self.channel = grpc.insecure_channel(self.endpoint)
         self.stub = jaxserve_pb2_grpc.GenerationServiceStub(self.channel)
+
+    def _line(self, lines):
+        try:
+            line = lines.get(timeout=START_TIMEOUT_S)
+        except queue.Empty:
+            line = ""
+        if not line:  # silent for too long, or gone
+            self.process.kill()
+            self._close_process()
+            pytest.fail("".join(self.errors[-20:]), pytrace=False)
+        return line.rstrip("\n")
 
     def close(self):
         self.channel.close()
         if self.process.poll() is None:
             self.process.terminate()
+        self._close_process()
+
+    def _close_process(self):
         self.process.wait(timeout=40)
+        for thread in self.readers:
+            thread.join(10)
         self.process.stdout.close()
         self.process.stderr.close()
 
 
 _servers = []
+"""At most one runs; a failure to start is remembered as None, so that it is waited for once."""
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _close_servers():
     yield
-    for server in _servers:
+    for server in filter(None, _servers):
         server.close()
+    _servers.clear()
 
 
 @pytest.fixture
 def server():
     """The module's server; a test may stop it, the next one then gets a new one."""
+    if None in _servers:
+        pytest.fail("the server does not start, see the first failure", pytrace=False)
     if not _servers or _servers[-1].process.poll() is not None:
-        _servers.append(Server())
+        _servers.append(None)
+        _servers[-1] = Server()
     return _servers[-1]
 
 
@@ -106,7 +128,9 @@ def test_the_ready_lines_say_where_and_how(server):
 
 def test_the_printed_command_streams_the_completion(server):
     command = server.command_line.removeprefix("try: ")
-    done = subprocess.run(["sh", "-c", command], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        ["sh", "-c", command], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=60, check=False
+    )
     assert (done.returncode, done.stdout) == (0, continuation("def fib(n):", 128))
     assert done.stderr.startswith("[length: 11 prompt tokens")
 
@@ -142,22 +166,21 @@ def test_a_stop_string_ends_the_text_before_it(server):
 def test_cancelled_and_expired_streams_free_their_pages(server):
     """Ten streams that would fill the pool of 600 pages if they kept theirs, each stopped after its first token."""
     for i in range(10):
-        prompt = f"{i} " + "y" * 1500
-        timeout = 1.5 if i % 2 else None
-        call = server.stub.Generate(ask(prompt, max_tokens=6000), timeout=timeout)
-        assert next(call).token_ids
-        if timeout is None:
+        is_cancelled = i % 2 == 0
+        call = server.stub.Generate(ask(f"{i} " + "y" * 1500, max_tokens=2500), timeout=None if is_cancelled else 1.0)
+        if is_cancelled:
+            assert next(call).token_ids
             call.cancel()
         with pytest.raises(grpc.RpcError) as caught:
             text_of(call)
-        expected = grpc.StatusCode.CANCELLED if timeout is None else grpc.StatusCode.DEADLINE_EXCEEDED
+        expected = grpc.StatusCode.CANCELLED if is_cancelled else grpc.StatusCode.DEADLINE_EXCEEDED
         assert caught.value.code() is expected
     assert text_of(server.stub.Generate(ask("z" * 1900, max_tokens=20), timeout=30)) == continuation("z" * 1900, 20)
 
 
 def test_a_client_that_is_killed_does_no_harm(server):
     client = subprocess.Popen(
-        [*COMMAND, "generate", "killed", "--endpoint", server.endpoint, "--max-tokens", "6000"],
+        [*COMMAND, "generate", "killed", "--endpoint", server.endpoint, "--max-tokens", "4000"],
         cwd=ROOT,
         env=ENVIRONMENT,
         stdout=subprocess.PIPE,
@@ -172,7 +195,7 @@ def test_a_client_that_is_killed_does_no_harm(server):
 
 def test_ctrl_c_ends_the_command_with_130(server):
     client = subprocess.Popen(
-        [*COMMAND, "generate", "interrupted", "--endpoint", server.endpoint, "--max-tokens", "6000"],
+        [*COMMAND, "generate", "interrupted", "--endpoint", server.endpoint, "--max-tokens", "4000"],
         cwd=ROOT,
         env=ENVIRONMENT,
         stdout=subprocess.PIPE,
@@ -190,7 +213,7 @@ def test_ctrl_c_ends_the_command_with_130(server):
         (pb.GenerateRequest(), b"prompt"),
         (pb.GenerateRequest(text="a", sampling=pb.SamplingParams(top_p=float("nan"))), b"sampling.top_p"),
         (pb.GenerateRequest(text="a", sampling=pb.SamplingParams(max_tokens=-1)), b"sampling.max_tokens"),
-        (pb.GenerateRequest(text="x" * 8192), b"text"),
+        (pb.GenerateRequest(text="x" * 4096), b"text"),
         (pb.GenerateRequest(token_ids=pb.TokenIds(ids=[128])), b"token_ids.ids"),
     ],
 )
@@ -204,7 +227,7 @@ def test_bad_requests_are_invalid_arguments_that_name_the_field(server, request_
 
 
 def test_abort_by_id(server):
-    call = server.stub.Generate(ask("abort", max_tokens=6000), metadata=(("x-request-id", "abort-me"),))
+    call = server.stub.Generate(ask("abort", max_tokens=4000), metadata=(("x-request-id", "abort-me"),))
     next(call)
     assert list(server.stub.Abort(pb.AbortRequest(request_ids=["abort-me", "?"])).aborted_request_ids) == ["abort-me"]
     assert list(call)[-1].finish_reason == pb.FINISH_REASON_ABORT
@@ -215,7 +238,7 @@ def test_tokenizer_and_model_are_those_of_the_engine(server):
     assert ids == [97, 98]
     assert server.stub.Detokenize(pb.DetokenizeRequest(token_ids=ids)).text == "ab"
     model = server.stub.GetModel(pb.GetModelRequest())
-    assert (model.model, model.vocab_size, model.max_model_len, model.max_num_seqs) == ("toy", 128, 8192, 4)
+    assert (model.model, model.vocab_size, model.max_model_len, model.max_num_seqs) == ("toy", 128, 4096, 4)
 
 
 def test_sigterm_lets_open_streams_finish_then_exits_0_and_frees_the_port(server):

@@ -291,7 +291,8 @@ print(peak() - before)
 
 
 def _child(*args):
-    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1"}
+    # glibc keeps what many threads freed below its threshold, which grows to 32 MB: up to 0.2 GB that nothing holds.
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1", "MALLOC_MMAP_THRESHOLD_": "1048576"}
     command = [sys.executable, "-c", _CHILD, *map(str, args)]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
@@ -315,7 +316,7 @@ def test_memory_is_bounded_by_the_group_not_by_the_model(large, tmp_path):
     assert int(done.stdout) < 4 * group < size / 1.5
     done = _child(tmp_path / "orbax", tmp_path / "back", "huggingface", group, "no")
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) < 5 * group < size / 1.3
+    assert int(done.stdout) < 4 * group < size / 1.5
 
 
 @pytest.mark.slow

@@ -46,7 +46,7 @@ def prompts(model):
 @pytest.fixture(scope="module")
 def outputs(model, prompts):
     """Six prompts over four rows, in chunks of at most 32 tokens, on pages of 8."""
-    limits = {"max_num_seqs": 4, "max_num_batched_tokens": 32, "page_size": 8, "num_pages": 100}
+    limits = {"max_num_seqs": 4, "max_num_batched_tokens": 32, "page_size": 8, "num_pages": 100, "sequence_buckets": (4,)}
     with LLM(str(model[1]), skip_tokenizer_init=True, use_tqdm=False, **limits) as llm:
         params = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True, logprobs=2)
         result = [o.outputs[0] for o in llm.generate(prompts, params, use_tqdm=False)]

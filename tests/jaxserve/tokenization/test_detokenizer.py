@@ -25,9 +25,17 @@ def byte_ids(tokenizer: Tokenizer) -> list[int]:
     return [i for i in range(tokenizer.vocab_size) if REPLACEMENT in tokenizer.token_text(i)]
 
 
+@cache
+def space_ids(tokenizer: Tokenizer) -> list[int]:
+    """Ids that a text's start may lose something of."""
+    return [i for i in range(tokenizer.vocab_size) if tokenizer.token_text(i).startswith(" ")]
+
+
 def draw_ids(data: st.DataObject, tokenizer: Tokenizer, max_size: int = 12) -> list[int]:
     """Any ids; where there are byte tokens, half of them; now and then one outside of the vocabulary."""
     kinds = [st.integers(0, tokenizer.vocab_size + 3), st.sampled_from(sorted(tokenizer.special_token_ids))]
+    if spaces := space_ids(tokenizer):
+        kinds.append(st.sampled_from(spaces))
     if broken := byte_ids(tokenizer):
         kinds += [st.sampled_from(broken)] * 2
     return data.draw(st.lists(st.one_of(kinds), max_size=max_size))
@@ -111,11 +119,21 @@ def test_a_character_split_between_prompt_and_answer(tokenizers_by_flavour: dict
     assert broken.push([letter]) + broken.flush() == "x"
     ended = tokenizer.new_stream([e4])
     assert ended.push([b8]) + ended.flush() == ""
+    f0, *rest, last = (by_byte[bytes([b])] for b in "🎉".encode())
+    assert tokenizer.new_stream([letter, f0, *rest]).push([last]) == "🎉"
     surrogate = tokenizer.new_stream([by_byte[b"\xed"], by_byte[b"\xa0"]])  # U+FFFD twice in the prompt's own text
     assert surrogate.push([letter]) + surrogate.flush() == "x"
     # A break of the answer's own is the answer's.
     own = tokenizer.new_stream([letter])
     assert own.push([e4, b8, letter]) + own.flush() == REPLACEMENT + "x"
+
+
+def test_only_the_start_of_a_text_loses_spaces(tokenizers_by_flavour: dict[str, Tokenizer]):
+    one, every = tokenizers_by_flavour["llama_sp"], tokenizers_by_flavour["squeezing_sp"]
+    for tokenizer, prompt_spaces, text in ((one, 0, "  "), (one, 1, "   "), (every, 0, ""), (every, 2, "")):
+        space = next(i for i in range(tokenizer.vocab_size) if tokenizer.token_text(i) == " ")
+        stream = tokenizer.new_stream([tokenizer.bos_token_id, *[space] * prompt_spaces])
+        assert "".join([stream.push_one(space) for _ in range(3)]) == text
 
 
 def test_unfinished_characters_wait_and_come_out_at_the_end(tokenizers_by_flavour: dict[str, Tokenizer]):

@@ -60,6 +60,7 @@ def test_unchecked_text_ends_no_stop_string_but_may_begin_one(text: str, stop: l
     checker = StopChecker(stop, include_stop_str_in_output=include)
     shown = checker.push(text[:unchecked], check=False)
     assert checker.matched is None
+    assert include or len(shown) == len(text[:unchecked]) - still_possible(text[:unchecked], stop)
     shown += checker.push(text[unchecked:]) + checker.flush()
     match = first_match(text, stop, unchecked)
     if match is None:

@@ -72,9 +72,7 @@ def test_unset_fields_take_the_defaults_and_set_zeros_do_not(with_service, clien
 
 def test_token_ids_in_and_logprobs_out(with_service, client):
     async def body(served):
-        request = pb.GenerateRequest(
-            token_ids=pb.TokenIds(ids=[5, 6]), sampling=pb.SamplingParams(max_tokens=1, logprobs=2)
-        )
+        request = pb.GenerateRequest(token_ids=pb.TokenIds(ids=[5, 6]), sampling=pb.SamplingParams(max_tokens=1, logprobs=2))
         return await rest(served.stub.Generate(request))
 
     [message] = with_service(body)
@@ -142,7 +140,7 @@ def test_a_running_id_is_refused_and_its_owner_unharmed(with_service):
         code, message, _ = await refusal(served.stub.Generate(ask(request_id="a")))
         assert code is grpc.StatusCode.ALREADY_EXISTS
         assert "'a'" in message
-        return ((await rest(first)))[-1]
+        return (await rest(first))[-1]
 
     assert with_service(body).usage.completion_tokens == 200
 
