@@ -11,7 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from jaxserve.build import BuiltEngine, build
-from jaxserve.config import EngineConfig
+from jaxserve.config import EngineConfig, ResolvedConfig
 from jaxserve.engine_client import EngineStats
 from jaxserve.errors import ConfigError, InvalidRequestError
 from jaxserve.model_source import own_model
@@ -148,6 +148,11 @@ class LLM:
         if self._engine.tokenizer is None:
             raise ConfigError("This LLM has no tokenizer: pass tokenizer= to LLM, or use token ids.")
         return self._engine.tokenizer
+
+    @property
+    def config(self) -> ResolvedConfig:
+        """What the engine runs with: every field decided."""
+        return self._engine.config
 
     def stats(self) -> EngineStats:
         """Returns a snapshot of the engine."""

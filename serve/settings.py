@@ -12,7 +12,7 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from jaxserve.config import EngineConfig
 from jaxserve.errors import ConfigError
@@ -144,7 +144,10 @@ def _check_names(source: str, values: Mapping[str, Any]) -> None:
 
 def _merge(flags: dict[str, Any], from_yaml: dict[str, Any]) -> dict[str, Any]:
     import pydantic
-    from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+    from pydantic_settings import BaseSettings, InitSettingsSource, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
+
+    def annotated(hint: Any) -> Any:
+        return Annotated[hint, NoDecode, pydantic.BeforeValidator(_split)] if is_list(hint) else hint
 
     class Sources(BaseSettings):
         model_config = SettingsConfigDict(
@@ -163,7 +166,7 @@ def _merge(flags: dict[str, Any], from_yaml: dict[str, Any]) -> dict[str, Any]:
             return init_settings, env_settings, InitSettingsSource(settings_cls, init_kwargs=from_yaml)
 
     fields: dict[str, Any] = {
-        field.name: (field_types()[field.name], field.default)
+        field.name: (annotated(field_types()[field.name]), field.default)
         for kind in (EngineConfig, ServerConfig)
         for field in dataclasses.fields(kind)
     }
@@ -187,8 +190,17 @@ def _explain(error: "pydantic.ValidationError", flags: Mapping[str, Any], from_y
     return f"{source} must be {type_name(field_types()[name])}, got {first['input']!r}."
 
 
+def is_list(hint: Any) -> bool:
+    """Whether a setting is several whole numbers: a sequence in the file, `32,128` as a flag and in the environment."""
+    return any(typing.get_origin(member) is tuple for member in (hint, *typing.get_args(hint)))
+
+
+def _split(value: object) -> object:
+    return value.split(",") if isinstance(value, str) else value
+
+
 def type_name(hint: Any) -> str:
     """How a message calls a type: "a whole number", "a text or none"."""
     names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", types.NoneType: "none"}
-    members = typing.get_args(hint) or (hint,)
-    return " or ".join(names[member] for member in members)
+    members = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return " or ".join("whole numbers such as 32,128" if is_list(member) else names[member] for member in members)

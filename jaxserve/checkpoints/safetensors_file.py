@@ -5,7 +5,6 @@ every file before this module believes its header; what that lets pass (duplicat
 models. Holds no state.
 """
 
-import json
 import os
 from collections.abc import Mapping
 from concurrent.futures import Executor
@@ -98,12 +97,6 @@ def read_header(path: Path, shown: Path) -> dict[str, StoredTensor]:
         name: StoredTensor(name, path, entry["dtype"], tuple(entry["shape"]), start + entry["data_offsets"][0])
         for name, entry in header.items()
     }
-
-
-def read_metadata(path: Path) -> dict[str, str]:
-    """Returns the free-form `__metadata__` of a file that `read_header` accepted."""
-    with path.open("rb") as file:
-        return json.loads(file.read(int.from_bytes(file.read(8), "little"))).get("__metadata__") or {}
 
 
 def read(

@@ -37,17 +37,18 @@ def test_a_flag_beats_the_environment_beats_the_file_beats_the_default(file, mon
 
 def test_every_engine_field_can_be_set_from_the_file(file):
     """A field that EngineConfig gains is a setting at once, and arrives."""
-    legal = {"dtype": "float32", "page_size": 8, "gpu_memory_utilization": 0.5}
+    legal = {"dtype": "float32", "page_size": 8, "gpu_memory_utilization": 0.5, "max_num_batched_tokens": 32}
+    legal |= {"max_num_seqs": 4, "token_buckets": [8, 32], "sequence_buckets": [1, 4]}
     samples = {int: 3, float: 0.25, bool: True, str: "some"}
     values = {}
     for field in dataclasses.fields(EngineConfig):
         hint = settings.field_types()[field.name]
-        values[field.name] = legal.get(
-            field.name, next(samples[kind] for kind in (*get_args(hint), hint) if kind in samples)
-        )
+        of_its_type = [samples[kind] for kind in (*get_args(hint), hint) if kind in samples]
+        values[field.name] = legal[field.name] if field.name in legal else of_its_type[0]
         assert values[field.name] != field.default
     engine, _ = load({}, file(yaml.safe_dump(values)))
-    assert dataclasses.asdict(engine) == values
+    got = dataclasses.asdict(engine)
+    assert {name: list(value) if isinstance(value, tuple) else value for name, value in got.items()} == values
 
 
 @pytest.mark.parametrize(
@@ -91,6 +92,15 @@ def test_wrong_flags_and_variables_are_named_as_they_were_given(monkeypatch):
     monkeypatch.setenv("JAXSERVE_GRPC_PORT", "tcp://10.0.0.1:8001")  # what Kubernetes sets beside a service of that name
     with pytest.raises(ConfigError, match=r"^JAXSERVE_GRPC_PORT must be a whole number, got 'tcp://10\.0\.0\.1:8001'"):
         load({})
+
+
+def test_several_numbers_are_a_sequence_in_the_file_and_commas_elsewhere(file, monkeypatch):
+    assert load({"token_buckets": "8,32"})[0].token_buckets == (8, 32)
+    assert load({}, file("token_buckets: [8, 32]"))[0].token_buckets == (8, 32)
+    monkeypatch.setenv("JAXSERVE_TOKEN_BUCKETS", "16,64")
+    assert load({}, file("token_buckets: [8, 32]"))[0].token_buckets == (16, 64)
+    with pytest.raises(ConfigError, match=r"--token-buckets must be whole numbers such as 32,128 or none, got '?x"):
+        load({"token_buckets": "x,1"})
 
 
 def test_an_empty_file_is_no_settings(file):
