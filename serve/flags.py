@@ -13,6 +13,8 @@ from typing import Annotated, Any
 
 import typer
 
+from serve.settings import is_list
+
 PANELS = {"EngineConfig": "Engine", "ServerConfig": "Service"}
 """Dataclass -> heading of its flags in the help text."""
 
@@ -58,7 +60,7 @@ def _parameter(kind: type, field: dataclasses.Field[Any]) -> inspect.Parameter:
         text = f"{text} [default: {field.default}]"
     text = text.replace("[", "\\[")  # rich takes [tokens] for markup
     option = typer.Option(name, help=text, show_default=False, rich_help_panel=PANELS.get(kind.__name__))
-    if typing.get_origin(hint) is tuple or any(typing.get_origin(member) is tuple for member in typing.get_args(hint)):
+    if is_list(hint):
         hint = str  # `--token-buckets 32,128`: the merge splits it, as it does with the environment's
     return inspect.Parameter(
         field.name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[hint | None, option]

@@ -1,10 +1,10 @@
 """The toy model: its next token can be computed by hand, and is computed through the paged cache.
 
-    next = 32 + (sum over positions j of the context of ((j mod 31) + 1) * token_j) mod 95
+    next = 32 + (7 * length of the context + sum over its positions j of ((j mod 31) + 1) * token_j) mod 95
 
 Each step writes its tokens, as they are, into the pages and reads the whole context back through the block table; a page in the wrong
 place, or a stale one, gives a wrong and predictable number. The weights by position catch swapped pages too. The sum stays
-an exact float32: 31 * 127 * 4096 < 2**24.
+an exact float32: (31 * 127 + 7) * 4096 < 2**24. The length is in it because otherwise token 95 would change nothing and repeat for ever.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,14 +22,14 @@ from sharding.rules import spec_for
 
 VOCAB_SIZE = 128
 MAX_MODEL_LEN = 4096
-WEIGHT_PERIOD = 31
+WEIGHT_PERIOD, LENGTH_WEIGHT = 31, 7
 FIRST_PRINTABLE, NUM_PRINTABLE = 32, 95
 
 
 def next_token(context: Sequence[int]) -> int:
     """Returns what the toy model says after these tokens."""
     total = sum((position % WEIGHT_PERIOD + 1) * token for position, token in enumerate(context))
-    return FIRST_PRINTABLE + total % NUM_PRINTABLE
+    return FIRST_PRINTABLE + (total + LENGTH_WEIGHT * len(context)) % NUM_PRINTABLE
 
 
 def continuation(prompt: Sequence[int], num_tokens: int) -> list[int]:
@@ -88,6 +88,7 @@ class Toy:
         weights_1C = (places_1C % WEIGHT_PERIOD + 1).astype(jnp.float32)
         is_seen_TC = places_1C <= positions_T[:, None]
         total_T = jnp.sum(jnp.where(is_seen_TC, context_TC * weights_1C, 0.0), axis=-1) * params[0]
+        total_T = total_T + LENGTH_WEIGHT * (positions_T + 1).astype(jnp.float32)
         answer_T = FIRST_PRINTABLE + jnp.mod(total_T, NUM_PRINTABLE).astype(jnp.int32)
         return jax.nn.one_hot(answer_T, VOCAB_SIZE, dtype=jnp.float32)
 

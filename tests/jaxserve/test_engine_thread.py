@@ -76,7 +76,7 @@ def runner(config):
 
 @pytest.fixture
 def thread(config, runner):
-    thread = EngineThread(Engine(Scheduler(config), runner, AsciiTokenizer()), num_compilations=lambda: 3)
+    thread = EngineThread(Engine(Scheduler(config), runner, AsciiTokenizer()))
     yield thread
     in_thread(thread.close)
 
@@ -193,9 +193,17 @@ def test_an_id_is_free_again_when_its_end_was_told(thread, config):
     assert [t for d in deltas[cut + 1 :] for t in d.token_ids] == expected(again, config)[0]
 
 
+def test_compilations_are_counted_from_ready_on(config, runner):
+    counts = {}
+    thread = EngineThread(Engine(Scheduler(config), runner, None), lambda thread: counts.setdefault(thread.name, 5))
+    assert thread.stats().num_compilations_since_ready == 0
+    counts["jaxserve-engine"] += 2
+    assert thread.stats().num_compilations_since_ready == 2
+    in_thread(thread.close)
+
+
 def test_stats_are_a_snapshot(thread, runner):
     assert thread.stats().is_alive
-    assert thread.stats().num_compilations_since_ready == 3
     gate = Gate(runner)
     inbox = Inbox()
     thread.submit(toy_request("a", PROMPT[:4], max_tokens=2), inbox)

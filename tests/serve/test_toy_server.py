@@ -1,6 +1,6 @@
 """`jaxserve serve --model toy` as a process of its own, and clients on a real socket that know the .proto and plain grpcio.
 
-The toy model's next token is 32 + (sum over positions j of ((j mod 31) + 1) * token_j) mod 95, so every answer is known.
+The toy model's next token is 32 + (7 * length + sum over positions j of ((j mod 31) + 1) * token_j) mod 95, so every answer is known.
 """
 
 import itertools
@@ -27,6 +27,7 @@ ROOT = Path(serve.__file__).resolve().parent.parent
 COMMAND = [sys.executable, "-m", "serve.cli"]
 ENVIRONMENT = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "PYTHONUNBUFFERED": "1"}
 ENGINE = "--model toy --max-model-len 4096 --max-num-seqs 4 --max-num-batched-tokens 32 --page-size 16 --num-pages 600"
+BUCKETS = "--token-buckets 32 --sequence-buckets 1,4"
 START_TIMEOUT_S = 100.0
 
 pytestmark = pytest.mark.timeout(180)
@@ -35,7 +36,7 @@ pytestmark = pytest.mark.timeout(180)
 def continuation(prompt, num_tokens):
     ids = [ord(c) for c in prompt]
     for _ in range(num_tokens):
-        ids.append(32 + sum((j % 31 + 1) * token for j, token in enumerate(ids)) % 95)
+        ids.append(32 + (7 * len(ids) + sum((j % 31 + 1) * token for j, token in enumerate(ids))) % 95)
     return "".join(map(chr, ids[len(prompt) :]))
 
 
@@ -44,7 +45,7 @@ class Server:
 
     def __init__(self):
         self.process = subprocess.Popen(
-            [*COMMAND, "serve", *ENGINE.split(), "--grpc-port", "0", "--drain-timeout-s", "20", "--log-level", "warning"],
+            [*COMMAND, "serve", *ENGINE.split(), *BUCKETS.split(), "--grpc-port", "0", "--drain-timeout-s", "20", "--log-level", "warning"],
             cwd=ROOT,
             env=ENVIRONMENT,
             stdout=subprocess.PIPE,
