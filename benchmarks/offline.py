@@ -85,13 +85,20 @@ def main() -> None:
                 cells.setdefault(name, []).append((sum(workload.output_lens) / wall_s, *latencies(outputs)))
     llm.close()
 
-    table = Table(title=f"{config.model_name}, {config.dtype}, {config.platform} ({platform.processor() or platform.machine()})")
+    table = Table(
+        title=f"{config.model_name}, {config.dtype}, {config.platform} ({platform.processor() or platform.machine()})"
+    )
     for column in ("workload", "output tokens/s", "min..max", "TTFT p50 ms", "ITL p50 ms"):
         table.add_column(column, justify="left" if column == "workload" else "right")
     for name, runs in cells.items():
         rates, ttfts, itls = zip(*runs, strict=True)
         spread = f"{min(rates):.0f}..{max(rates):.0f}"
-        row = f"{statistics.median(rates):.0f}", spread, f"{statistics.median(ttfts) * 1e3:.1f}", f"{statistics.median(itls) * 1e3:.2f}"
+        row = (
+            f"{statistics.median(rates):.0f}",
+            spread,
+            f"{statistics.median(ttfts) * 1e3:.1f}",
+            f"{statistics.median(itls) * 1e3:.2f}",
+        )
         table.add_row(name, *row)
     console = Console(file=sys.stdout)
     console.print(table)

@@ -208,7 +208,7 @@ def _parallelism(config: EngineConfig, model: Model) -> TensorParallelism:
     return TensorParallelism.of(config.tensor_parallel_size, model.kv_specs()[0].num_kv_heads)
 
 
-def _devices(config: EngineConfig) -> list[jax.Device]:
+def _devices(config: EngineConfig) -> list[Any]:
     devices = jax.local_devices()
     if len(devices) < config.tensor_parallel_size:
         raise ConfigError(
@@ -278,7 +278,7 @@ def _place(leaf: Any, target: jax.ShapeDtypeStruct) -> jax.Array:
 
 def _use_compilation_cache(directory: str | None) -> None:
     """Turns on XLA's persistent cache, for programs of any size; one that is configured already is left alone."""
-    if directory == "" or jax.config.jax_compilation_cache_dir:
+    if directory == "" or jax.config.read("jax_compilation_cache_dir"):
         return
     if directory is None:
         base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -300,6 +300,3 @@ class _ProgressLine:
 
     def close(self) -> None:
         self._bar.close()
-
-
-

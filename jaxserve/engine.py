@@ -7,7 +7,7 @@ Single-threaded: `jaxserve.engine_thread` is the thread.
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from jaxserve.engine_client import EngineStats
 from jaxserve.errors import IntegrityError, InvalidRequestError, JaxserveError
@@ -22,9 +22,9 @@ from jaxserve.tokenization.tokenizer import Tokenizer
 class StepRunner(Protocol):
     """What the engine asks of `execution.runner.Runner`."""
 
-    def dispatch(self, plan: StepPlan) -> object: ...
+    def dispatch(self, plan: StepPlan) -> Any: ...
 
-    def wait(self, handle: object) -> StepResult: ...
+    def wait(self, handle: Any) -> StepResult: ...
 
 
 @dataclass(slots=True)
@@ -51,7 +51,7 @@ class Engine:
         self._runner = runner
         self._tokenizer = tokenizer
         self._streams: dict[str, _Stream] = {}
-        self._in_flight: object | None = None
+        self._in_flight: Any = None
         self._num_steps = 0
         self._num_prompt_tokens = 0
         self._num_generated_tokens = 0

@@ -101,7 +101,8 @@ class LLM:
         listed = _as_list(prompts)
         params = _one_each(sampling_params, len(listed))
         requests = [
-            self._request(index, prompt, sampling) for index, (prompt, sampling) in enumerate(zip(listed, params, strict=True))
+            self._request(index, prompt, sampling)
+            for index, (prompt, sampling) in enumerate(zip(listed, params, strict=True))
         ]
         return self._run(requests, use_tqdm)
 
@@ -128,7 +129,8 @@ class LLM:
         Raises:
             InvalidRequestError: no template, a template that refuses, or as in `generate`.
         """
-        conversations = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
+        is_one = bool(messages) and isinstance(messages[0], Mapping)
+        conversations: list[Any] = [messages] if is_one else list(messages)
         params = _one_each(sampling_params, len(conversations))
         tokenizer = self.get_tokenizer()
         requests = []
@@ -169,10 +171,9 @@ class LLM:
         self.close()
 
     def _request(self, index: int, prompt: Prompt, sampling: SamplingParams | None) -> Request:
-        if isinstance(prompt, Mapping):
-            prompt = prompt.get("prompt_token_ids") or prompt.get("prompt") or ""
+        given = prompt.get("prompt_token_ids") or prompt.get("prompt") or "" if isinstance(prompt, Mapping) else prompt
         try:
-            return self._engine.requests.make(prompt, sampling)
+            return self._engine.requests.make(given, sampling)
         except InvalidRequestError as error:
             error.add_note(f"in prompt {index} of this call; nothing was started")
             raise
@@ -255,7 +256,8 @@ class _GenerationBar:
         self._num_output += num_output
         elapsed_s = max(self._bar.format_dict["elapsed"], 1e-6)
         self._bar.set_postfix_str(
-            f"input: {self._num_input / elapsed_s:.1f} toks/s, output: {self._num_output / elapsed_s:.1f} toks/s", refresh=False
+            f"input: {self._num_input / elapsed_s:.1f} toks/s, output: {self._num_output / elapsed_s:.1f} toks/s",
+            refresh=False,
         )
         self._bar.update(1)
 

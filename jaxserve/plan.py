@@ -55,11 +55,11 @@ class Admission(NamedTuple):
 
 
 class PageUpdate(NamedTuple):
-    """One entry of a block table: `tables[group][row, index] = page_id`."""
+    """One entry of a block table: `tables[group][row, place] = page_id`."""
 
     group: int
     row: int
-    index: int
+    place: int
     page_id: int
 
 

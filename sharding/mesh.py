@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
@@ -34,19 +35,15 @@ class TensorParallelism:
 def divides(size: int, *, num_heads: int, num_kv_heads: int, intermediate_size: int) -> bool:
     """Returns whether `size` devices can share such a layer without a remainder."""
     parallel = TensorParallelism.of(size, num_kv_heads)
-    return (
-        num_heads % size == 0
-        and (num_heads // num_kv_heads) % parallel.group == 0
-        and intermediate_size % size == 0
-    )
+    return num_heads % size == 0 and (num_heads // num_kv_heads) % parallel.group == 0 and intermediate_size % size == 0
 
 
-def make_mesh(parallel: TensorParallelism, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(parallel: TensorParallelism, devices: Sequence[Any] | None = None) -> Mesh:
     """Returns a mesh with the axes of `sharding.axes` over the first `parallel.size` devices.
 
     Args:
         parallel: its axis sizes.
-        devices: None takes jax.devices().
+        devices: jax devices; None takes jax.devices().
 
     Raises:
         ValueError: there are fewer devices.

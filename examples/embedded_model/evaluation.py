@@ -15,7 +15,7 @@ from embedded_model.model import token_losses
 
 BIGRAM_PRIOR_TOKENS = (4, 16, 64, 256)
 PROMPTS = ("def fib(n):", "class Stack:\n    def __init__(self", "import os\n")
-SAMPLE_BUFFER = 256
+SAMPLE_BUFFER = 160
 
 
 @dataclasses.dataclass(frozen=True)

@@ -152,5 +152,5 @@ def _check_space(destination: Path, num_bytes: int) -> None:
 
 
 def _with_dtype(config: dict[str, Any], dtype: str) -> bytes:
-    field = "dtype" if "dtype" in config else "torch_dtype"  # transformers 5 and 4
-    return (json.dumps(config | {field: dtype}, indent=2) + "\n").encode()
+    spellings = [name for name in ("dtype", "torch_dtype") if name in config] or ["torch_dtype"]  # transformers 5 and 4
+    return (json.dumps(config | dict.fromkeys(spellings, dtype), indent=2) + "\n").encode()

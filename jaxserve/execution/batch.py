@@ -6,7 +6,7 @@ host (views that are written) and for the trace (slices that are read). Floats a
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -122,8 +122,8 @@ def head_layout(num_sequences: int) -> PackedLayout:
 
 def unpack_step_inputs(layout: PackedLayout, buffer: jax.Array) -> StepInputs:
     parts = layout.unpack(buffer)
-    ragged = RaggedBatch(**{name: parts.pop(name) for name in RaggedBatch._fields})
-    return StepInputs(**parts, ragged=ragged)
+    fields: dict[str, Any] = {name: parts.pop(name) for name in RaggedBatch._fields}
+    return StepInputs(**parts, ragged=RaggedBatch(**fields))
 
 
 def unpack_sampling_inputs(layout: PackedLayout, buffer: jax.Array) -> tuple[jax.Array, SamplingInputs]:

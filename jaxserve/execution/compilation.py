@@ -15,8 +15,8 @@ class CompilationCounter:
         self._counts: Counter[int] = Counter()
         jax.monitoring.register_event_duration_secs_listener(self._on_event)
 
-    def _on_event(self, event: str, duration_s: float, **_: object) -> None:
-        del duration_s
+    def _on_event(self, event: str, duration_secs: float, **_: str | int) -> None:
+        del duration_secs
         if event == _COMPILE_EVENT:
             self._counts[threading.get_ident()] += 1
 

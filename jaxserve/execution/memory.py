@@ -1,5 +1,7 @@
 """How many KV pages an engine gets: from a size that was asked for, or from what a device has left."""
 
+from typing import Any
+
 import jax
 import numpy as np
 
@@ -25,7 +27,7 @@ def num_pages_for(kv_bytes: int, bytes_a_page: int) -> int:
     return pages // ROUND_PAGES_TO * ROUND_PAGES_TO if pages >= ROUND_PAGES_TO else pages
 
 
-def free_device_bytes(device: jax.Device, utilization: float) -> int | None:
+def free_device_bytes(device: Any, utilization: float) -> int | None:
     """Returns utilization * total - in use [bytes], or None where the platform does not say (a CPU)."""
     stats = device.memory_stats()
     if not stats or "bytes_limit" not in stats:

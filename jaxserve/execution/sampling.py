@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxserve.execution.struct import struct
+from jaxserve.execution.struct import Leaf, struct
 from jaxserve.request import GREEDY_BELOW
 
 
@@ -46,11 +46,11 @@ class Sampled:
         top_ids_SQ, top_logprobs_SQ: the most likely tokens, best first.
     """
 
-    tokens_S: jax.Array
-    logprobs_S: jax.Array
-    ranks_S: jax.Array
-    top_ids_SQ: jax.Array
-    top_logprobs_SQ: jax.Array
+    tokens_S: Leaf
+    logprobs_S: Leaf
+    ranks_S: Leaf
+    top_ids_SQ: Leaf
+    top_logprobs_SQ: Leaf
 
 
 def expand_mask(words_SW: jax.Array, vocab_size: int) -> jax.Array:
@@ -90,9 +90,7 @@ def truncate(logits_SV: jax.Array, inputs: SamplingInputs) -> jax.Array:
 
     probs_SV = jax.nn.softmax(logits_SV, axis=-1)
     target_S = inputs.top_p_S * jnp.sum(probs_SV, axis=-1)
-    threshold_S = _largest_threshold(
-        keys_SV, lambda kept: jnp.sum(jnp.where(kept, probs_SV, 0.0), axis=-1) >= target_S
-    )
+    threshold_S = _largest_threshold(keys_SV, lambda kept: jnp.sum(jnp.where(kept, probs_SV, 0.0), axis=-1) >= target_S)
     keep = (keys_SV >= threshold_S[:, None]) | (inputs.top_p_S >= 1.0)[:, None]
     return jnp.where(keep, logits_SV, -jnp.inf)
 

@@ -1,12 +1,14 @@
 """What lives on the device between steps: pages, block tables, last tokens. Donated to each step; the runner is its only owner."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxserve.config import ResolvedConfig
-from jaxserve.execution.struct import struct
+from jaxserve.execution.struct import Leaf, struct
 from jaxserve.plan import KVSpec, kv_groups
 from sharding import axes
 from sharding.rules import spec_for
@@ -22,10 +24,10 @@ class DeviceState:
         last_token_R: the token each row sampled last; read by the next step before the host has seen it.
     """
 
-    k_pages: tuple[jax.Array, ...]
-    v_pages: tuple[jax.Array, ...]
-    block_tables: tuple[jax.Array, ...]
-    last_token_R: jax.Array
+    k_pages: tuple[Leaf, ...]
+    v_pages: tuple[Leaf, ...]
+    block_tables: tuple[Leaf, ...]
+    last_token_R: Leaf
 
 
 PAGES_SPEC = spec_for((axes.PAGES, axes.KV_HEADS, None, None))
@@ -60,8 +62,8 @@ def abstract_state(specs: tuple[KVSpec, ...], config: ResolvedConfig, mesh: Mesh
 def make_state(abstract: DeviceState) -> DeviceState:
     """Returns a zeroed state; zeroed because stale bits that decode as NaN would poison masked sums (0 * NaN)."""
 
-    def zeros(leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        def shard(index: tuple[slice, ...]) -> np.ndarray:
+    def zeros(leaf: Any) -> jax.Array:
+        def shard(index: Any) -> np.ndarray:
             sizes = (len(range(*s.indices(n))) for s, n in zip(index, leaf.shape, strict=True))
             return np.zeros(tuple(sizes), leaf.dtype)
 

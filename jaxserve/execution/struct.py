@@ -11,6 +11,9 @@ import jax
 
 T = TypeVar("T")
 
+Leaf = Any
+"""A field of a struct: an array, or in the same tree its shape, its PartitionSpec or its sharding."""
+
 
 @dataclass_transform(frozen_default=True)
 def struct(cls: type[T]) -> type[T]:

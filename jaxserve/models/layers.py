@@ -120,9 +120,7 @@ def embed(table_VD: jax.Array, tokens_T: jax.Array, ctx: ModelContext) -> jax.Ar
     return ctx.sum_over_devices(rows_TD)
 
 
-def unembed(
-    weight: jax.Array, hidden_SD: jax.Array, vocab_size: int, ctx: ModelContext, *, transposed: bool
-) -> jax.Array:
+def unembed(weight: jax.Array, hidden_SD: jax.Array, vocab_size: int, ctx: ModelContext, *, transposed: bool) -> jax.Array:
     """Returns this device's logits in float32; columns past the vocabulary, which pad it to divide, are -inf."""
     logits = linear_f32(hidden_SD, weight, ctx.linear, transposed=transposed)
     width = logits.shape[-1]

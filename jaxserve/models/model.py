@@ -75,10 +75,6 @@ class Model(Protocol):
         """Returns what each layer keeps."""
         ...
 
-    def tensor_parallel_sizes(self, limit: int) -> tuple[int, ...]:
-        """Returns the sizes up to `limit` that this configuration can be cut into."""
-        ...
-
     def served_layout(self, leaves: Mapping[str, jax.Array]) -> ServedParams:
         """Returns the canonical leaves {path: global array} as the step wants them: fused, permuted, padded. Jittable."""
         ...
@@ -96,5 +92,3 @@ class Model(Protocol):
     def logits(self, params: ServedParams, hidden_SD: jax.Array, ctx: ModelContext) -> jax.Array:
         """Returns this device's slice of the logits, float32 [S, padded V / devices]; padding is -inf."""
         ...
-
-

@@ -19,7 +19,7 @@ class Family:
         sizes_for: (config.json as a dict, limit) -> the tensor_parallel_sizes up to it that work.
     """
 
-    make: Callable[[Mapping[str, Any], int, Any], Model]
+    make: Callable[..., Model]
     sizes_for: Callable[[Mapping[str, Any], int], tuple[int, ...]]
 
 

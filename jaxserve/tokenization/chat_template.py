@@ -16,6 +16,7 @@ from jaxserve.tokenization.chat_messages import TextMarker, plain_messages, plai
 
 if TYPE_CHECKING:
     import jinja2
+    import jinja2.nodes
 
     from jaxserve.tokenization.template_sandbox import ChatTemplateEnvironment
     from jaxserve.tokenization.tokenizer import Tokenizer

@@ -52,8 +52,8 @@ class SentencePieceTokenizer(PieceTokenizer):
         self._literal_ids = plain_added | self.special_tokens
         self._plain_pattern = alternation(plain_added)
         self._parsing_pattern = alternation(self._literal_ids)
-        add_bos = files.add_bos_token is not False and self.bos_token_id is not None
-        self._prefix = [self.bos_token_id] if add_bos else []
+        bos = self.bos_token_id
+        self._prefix = [] if files.add_bos_token is False or bos is None else [bos]
         self._suffix = list(self.eos_token_ids[:1]) if files.add_eos_token else []
 
     def encode(self, text: str, *, add_special_tokens: bool = True, parse_special: bool = False) -> list[int]:

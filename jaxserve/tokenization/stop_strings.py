@@ -53,8 +53,8 @@ class StopChecker:
         state = self._state
         for end, char in enumerate(delta, 1):
             state = self._advance(state, char)
-            if check and self._stop_at[state] is not None:
-                return self._end(self._stop_at[state], delta[:end])
+            if check and (found := self._stop_at[state]) is not None:
+                return self._end(found, delta[:end])
         self._state = state
         text = self._held + delta
         visible = len(text) if self._include else len(text) - self._waits[state]

@@ -8,10 +8,10 @@ Knows nothing of jinja2 but its base error.
 """
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, cast
 
 from jinja2 import TemplateError
 
@@ -118,4 +118,4 @@ class Counted:
             yield item
 
     def __len__(self) -> int:
-        return len(self._iterable)  # a TypeError for a generator, as jinja2's loop expects
+        return len(cast(Sized, self._iterable))  # a TypeError for a generator, as jinja2's loop expects

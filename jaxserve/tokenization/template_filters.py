@@ -11,7 +11,7 @@ from types import BuiltinMethodType
 from typing import Any
 
 import jinja2.filters
-from jinja2.sandbox import SecurityError
+from jinja2.exceptions import SecurityError
 
 from jaxserve.tokenization.template_budget import Budget, current_budget, shallow_price
 
@@ -55,7 +55,7 @@ def tojson(x: Any, ensure_ascii: bool = False, indent: Any = None, separators: A
 
 def check_str_method(method: BuiltinMethodType, args: tuple, kwargs: dict) -> None:
     """Pays for a str's method where it makes or searches more than its text."""
-    text, arguments = method.__self__, [*args, *kwargs.values()]
+    text, arguments = str(method.__self__), [*args, *kwargs.values()]
     name = method.__name__
     if name == "replace" and len(arguments) >= 2:
         _pay_replace(text, arguments[0], arguments[1])

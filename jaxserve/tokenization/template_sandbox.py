@@ -19,9 +19,11 @@ from typing import Any
 import jinja2
 import jinja2.ext
 import jinja2.nodes
+import jinja2.parser
 import jinja2.runtime
 import jinja2.utils
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.exceptions import SecurityError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
 from jaxserve.tokenization.template_budget import (
@@ -62,7 +64,7 @@ class ChatTemplateEnvironment(ImmutableSandboxedEnvironment):
 
     def compile_paying(self, source: str) -> jinja2.Template:
         """Compiles a template whose loops, literals and `~` pay, too."""
-        return self.from_string(_Instrument().visit(self.parse(source)))
+        return self.from_string(_Instrument(self).visit(self.parse(source)))
 
     def counted(self, iterable: Iterable) -> Counted:
         """A loop's iterable."""
@@ -126,7 +128,8 @@ class ChatTemplateEnvironment(ImmutableSandboxedEnvironment):
 class _Instrument(NodeTransformer):
     """Makes the constructs pay that jinja2 compiles to plain Python; refuses nesting that takes it seconds to compile."""
 
-    def __init__(self):
+    def __init__(self, environment: jinja2.Environment):
+        self._environment = environment
         self._depth = 0
 
     def visit(self, node: jinja2.nodes.Node, *args: Any, **kwargs: Any) -> Any:
@@ -158,11 +161,10 @@ class _Instrument(NodeTransformer):
         self.generic_visit(node)
         return self._call("paid", [node], node) if node.ctx == "load" else node
 
-    @staticmethod
-    def _call(name: str, arguments: list, like: jinja2.nodes.Node) -> jinja2.nodes.Node:
+    def _call(self, name: str, arguments: list, like: jinja2.nodes.Node) -> jinja2.nodes.Node:
         target = jinja2.nodes.EnvironmentAttribute(name)
         call = jinja2.nodes.Call(target, arguments, [], None, None)
-        return call.set_lineno(like.lineno).set_environment(like.environment)
+        return call.set_lineno(like.lineno).set_environment(self._environment)
 
 
 class _GenerationTag(jinja2.ext.Extension):

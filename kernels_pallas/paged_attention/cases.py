@@ -30,9 +30,7 @@ class Case:
         """Returns the case with fewer KV heads (the group stays) and a window, where it has one, of a test's size."""
         group = self.num_q_heads // self.num_kv_heads
         window = None if self.sliding_window is None else sliding_window
-        return dataclasses.replace(
-            self, num_q_heads=group * num_kv_heads, num_kv_heads=num_kv_heads, sliding_window=window
-        )
+        return dataclasses.replace(self, num_q_heads=group * num_kv_heads, num_kv_heads=num_kv_heads, sliding_window=window)
 
 
 CASES = (

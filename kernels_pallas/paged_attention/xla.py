@@ -179,9 +179,7 @@ def _decode(q_TNH, out_TNH, batch, sinks_N, attend):
         right = jax.tree.map(lambda a: a.at[item_D].get(mode="clip"), partials)
         merged = _merge(state, right)
         alive_D = j < count_D
-        return jax.tree.map(
-            lambda new, old: jnp.where(alive_D.reshape(-1, *[1] * (new.ndim - 1)), new, old), merged, state
-        )
+        return jax.tree.map(lambda new, old: jnp.where(alive_D.reshape(-1, *[1] * (new.ndim - 1)), new, old), merged, state)
 
     state = lax.fori_loop(0, jnp.max(count_D), merge_next, _nothing_seen(D, K, M, H))
     sink_DKM = jnp.pad(sinks_N.reshape(1, K, N // K), ((0, 0), (0, 0), (0, M - N // K)))

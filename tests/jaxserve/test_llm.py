@@ -116,7 +116,9 @@ def test_log_probabilities(tiny_llm):
         assert entry[token].decoded_token == tiny_llm.get_tokenizer().token_text(token)
     chosen = [entry[token].logprob for token, entry in zip(three.token_ids, three.logprobs, strict=True)]
     assert three.cumulative_logprob == pytest.approx(sum(chosen))
-    (sampled,) = generate(tiny_llm, [[5, 6, 7]], SamplingParams(temperature=1.0, seed=1, max_tokens=40, ignore_eos=True, logprobs=2))
+    (sampled,) = generate(
+        tiny_llm, [[5, 6, 7]], SamplingParams(temperature=1.0, seed=1, max_tokens=40, ignore_eos=True, logprobs=2)
+    )
     assert {len(entry) for entry in sampled.logprobs} == {2, 3}, "the chosen token stands beside the best two"
 
 
@@ -207,7 +209,9 @@ def test_ctrl_c_returns_at_once_and_leaves_the_llm_usable(toy_llm):
 
 def test_arguments_of_other_engines_get_one_warning():
     with pytest.warns(UserWarning, match="enforce_eager.*trust_remote_code") as caught:
-        LLM("toy", enforce_eager=True, trust_remote_code=True, max_num_seqs=1, max_num_batched_tokens=16, use_tqdm=False).close()
+        LLM(
+            "toy", enforce_eager=True, trust_remote_code=True, max_num_seqs=1, max_num_batched_tokens=16, use_tqdm=False
+        ).close()
     assert len(caught) == 1
     with pytest.raises(ConfigError, match="no argument max_model_length.*max_model_len"):
         LLM("toy", max_model_length=3)

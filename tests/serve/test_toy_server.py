@@ -45,7 +45,18 @@ class Server:
 
     def __init__(self):
         self.process = subprocess.Popen(
-            [*COMMAND, "serve", *ENGINE.split(), *BUCKETS.split(), "--grpc-port", "0", "--drain-timeout-s", "20", "--log-level", "warning"],
+            [
+                *COMMAND,
+                "serve",
+                *ENGINE.split(),
+                *BUCKETS.split(),
+                "--grpc-port",
+                "0",
+                "--drain-timeout-s",
+                "20",
+                "--log-level",
+                "warning",
+            ],
             cwd=ROOT,
             env=ENVIRONMENT,
             stdout=subprocess.PIPE,

@@ -70,7 +70,7 @@ def assert_fair_share(llm, size):
     runner = llm._engine.runner
     arrays = [a for a in jax.tree.leaves(runner.resident()) if not a.sharding.is_fully_replicated]
     assert len(arrays) > 8
-    held = {device: 0 for device in jax.devices()[:size]}
+    held = dict.fromkeys(jax.devices()[:size], 0)
     for array in arrays:
         for shard in array.addressable_shards:
             held[shard.device] += shard.data.nbytes

@@ -80,12 +80,12 @@ def test_a_cast_is_written_and_the_configuration_says_so(to, make_llama, tmp_pat
     assert all(np.asarray(loaded[path]).tobytes() == np.asarray(direct[path]).tobytes() for path in abstract)
 
 
-def test_the_newer_spelling_of_the_type_is_kept(make_llama, tmp_path):
+def test_both_spellings_of_the_type_are_kept_true(make_llama, tmp_path):
     source = make_llama(extra_config={"dtype": "float32"})
     convert(source, tmp_path / "out", dtype="float16", show_progress=False)
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert config["dtype"] == "float16"
-    assert config["torch_dtype"] == "float32"
+    assert config["torch_dtype"] == "float16"
 
 
 def _cut(path, length):

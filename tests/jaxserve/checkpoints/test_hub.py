@@ -149,7 +149,8 @@ def test_a_repository_of_pickles_is_told_apart(fake_hub, tmp_path):
     (tmp_path / "config.json").write_text("{}")
     fake_hub(tmp_path)
     with pytest.raises(
-        ModelNotFoundError, match=r"lacks config.json or safetensors weights after fetching .*Other formats \(pickles, GGUF\)"
+        ModelNotFoundError,
+        match=r"lacks config.json or safetensors weights after fetching .*Other formats \(pickles, GGUF\)",
     ):
         hub.resolve("org/name")
 

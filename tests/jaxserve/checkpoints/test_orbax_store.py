@@ -240,6 +240,6 @@ def test_an_error_of_orbax_becomes_one_of_ours(params, tmp_path, monkeypatch):
         raise ValueError("RESOURCE_EXHAUSTED: no space left on device")
 
     monkeypatch.setattr(ocp.partial, "save", full_disk)
-    with pytest.raises(CheckpointError, match=r"params cannot be written by Orbax: RESOURCE_EXHAUSTED: no space left"):
+    with pytest.raises(CheckpointError, match=r"/m cannot be written by Orbax: RESOURCE_EXHAUSTED: no space left"):
         orbax_store.save(tmp_path / "m", params, CONFIG)
     assert list(tmp_path.iterdir()) == []

@@ -107,7 +107,9 @@ def test_recorded_plans_give_the_same_bits_in_another_process(engine, monkeypatc
         return result
 
     monkeypatch.setattr(runner, "wait", spied_wait)
-    generate(engine, ["abc", "a longer prompt than a chunk", "z" * 30], temperature=6.0, top_p=0.95, max_tokens=12, logprobs=2)
+    generate(
+        engine, ["abc", "a longer prompt than a chunk", "z" * 30], temperature=6.0, top_p=0.95, max_tokens=12, logprobs=2
+    )
     offset = plans[0].step
     script = {"plans": [dataclasses.asdict(dataclasses.replace(p, step=p.step - offset)) for p in plans]}
     replay = subprocess.run(

@@ -277,7 +277,7 @@ def test_page_updates_are_told_once_and_again_in_a_new_row():
             owners[admission.row] = admission.request_id
             told[admission.row] = []
         for update in plan.page_updates:
-            told[update.row].append(update.index)
+            told[update.row].append(update.place)
         for row, indices in told.items():
             assert indices == list(range(len(indices))), f"row {row} of {owners[row]}: each entry once, in order"
         for s in plan.sequences:

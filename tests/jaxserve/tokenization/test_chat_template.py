@@ -6,6 +6,7 @@ the installed transformers, where there is one.
 """
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -77,19 +78,19 @@ BOMBS = {
     ),
     "replace": "{% set x = 'a' * 100000 %}{{ x.replace('a', x) }}",
     "replace filter": "{% set x = 'a' * 100000 %}{{ x | replace('a', x) }}",
-    "join": "{% set x = 'a' * 100000 %}{{ x.join(x | list) }}",
-    "join filter": "{% set x = 'a' * 100000 %}{{ x | list | join(x) }}",
+    "join": "{% set x = 'a' * 10000 %}{{ x.join(x | list) }}",
+    "join filter": "{% set x = 'a' * 10000 %}{{ x | list | join(x) }}",
     "indent": "{{ 'a\nb' | indent(1000000000) }}",
     "wide batch": "{{ [1] | batch(1000000000, 'x') | list }}",
     "slice": "{{ [1] | slice(1000000000) | list }}",
     "json indent": "{{ [1] | tojson(indent=1000000000) }}",
-    "json separators": "{% set x = 'a' * 100000 %}{{ ([1] * 100000) | tojson(separators=(x, x)) }}",
-    "sum of lists": "{{ ([[1] * 1000] * 1000) | sum(start=[]) }}",
+    "json separators": "{% set x = 'a' * 10000 %}{{ ([1] * 10000) | tojson(separators=(x, x)) }}",
+    "sum of lists": "{{ ([[1] * 100] * 100) | sum(start=[]) }}",
     "round": "{{ 1 | round(10000000, 'floor') }}",
-    "int": "{{ ('z' * 1000000) | int(0, 36) }}",
-    "strip": "{{ ('b' * 1000000).strip('a' * 1000000 + 'b') }}",
-    "joiner": "{% set j = joiner('a' * 1000000) %}{% for i in range(99999) %}{{ j() }}{% endfor %}",
-    "escape": "{{ ('\"' * 1000000) | e | forceescape | forceescape | forceescape }}",
+    "int": "{{ ('z' * 100000) | int(0, 36) }}",
+    "strip": "{{ ('b' * 100000).strip('a' * 100000 + 'b') }}",
+    "joiner": "{% set j = joiner('a' * 100000) %}{% for i in range(99999) %}{{ j() }}{% endfor %}",
+    "escape": "{{ ('\"' * 100000) | e | forceescape | forceescape | forceescape }}",
     "endless macro": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     "deep parentheses": "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
     "deep statements": "{% for i in [1] %}" * 200 + "{% endfor %}" * 200,
@@ -140,10 +141,17 @@ def test_no_template_gets_out(template: str):
 
 
 @pytest.mark.parametrize("name", BOMBS)
-def test_bombs_are_refused(name: str):
-    with pytest.raises(InvalidRequestError) as caught:
-        render_chat(BOMBS[name], HELLO)
+def test_bombs_are_refused_before_they_make_anything_large(name: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("jaxserve.tokenization.chat_template._BASE_WORK", 400_000)
+    tracemalloc.start()
+    try:
+        with pytest.raises(InvalidRequestError) as caught:
+            render_chat(BOMBS[name], HELLO)
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
     assert caught.value.parameter in ("chat_template", "messages")
+    assert peak_bytes < 64 * 2**20
 
 
 @pytest.mark.parametrize("name", SLOW_BOMBS)
