@@ -278,7 +278,7 @@ def _place(leaf: Any, target: jax.ShapeDtypeStruct) -> jax.Array:
 
 def _use_compilation_cache(directory: str | None) -> None:
     """Turns on XLA's persistent cache, for programs of any size; one that is configured already is left alone."""
-    if directory == "" or jax.config.read("jax_compilation_cache_dir"):
+    if directory == "" or getattr(jax.config, "jax_compilation_cache_dir", None):
         return
     if directory is None:
         base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")

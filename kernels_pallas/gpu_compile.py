@@ -122,10 +122,12 @@ def list_kernels(
     XLA prints the list only into a dump, which makes the compilation about twice as slow.
     """
     with tempfile.TemporaryDirectory() as folder:
-        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        # XLA leaves fewer than five kernels out of CUDA graphs; a whole step has more, one op alone may not.
+        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True, "xla_gpu_graph_min_graph_size": 1}
         compiled = target.compile(function, args, compiler_options=options, **kwargs)
-        (path,) = pathlib.Path(folder).glob("*thunk_sequence_after_thunk_passes.txt")
-        return compiled, _parse_kernels(path.read_text())
+        # The second list is printed where a pass, such as the one that makes graphs, changed the first.
+        paths = sorted(pathlib.Path(folder).glob("*thunk_sequence*.txt"), key=lambda path: "after" in path.name)
+        return compiled, _parse_kernels(paths[-1].read_text())
 
 
 def _parse_kernels(thunks: str) -> tuple[Kernel, ...]:

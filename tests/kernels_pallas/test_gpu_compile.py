@@ -86,7 +86,13 @@ def test_llama_attention_has_no_spills_and_is_one_cuda_graph(bucket):
 
 @pytest.mark.parametrize(
     ("name", "device"),
-    [("gemma2-9b-local", "h200"), ("gpt-oss-20b-local", "a100"), ("qwen2.5-7b", "h200"), ("stablelm-3b", "l4"), ("llama3-8b", "l4")],
+    [
+        ("gemma2-9b-local", "h200"),
+        ("gpt-oss-20b-local", "a100"),
+        ("qwen2.5-7b", "h200"),
+        ("stablelm-3b", "l4"),
+        ("llama3-8b", "l4"),
+    ],
 )
 def test_other_cases_and_gpus_have_no_spills(name, device):
     (case,) = [case for case in CASES if case.name == name]
@@ -167,7 +173,9 @@ def test_gate_sees_too_much_shared_memory():
 def test_gate_sees_register_spills():
     crowded = dataclasses.replace(TILING, query_tile=32, prefill_num_warps=4)
     with pytest.raises(jax.errors.JaxRuntimeError, match="register spilling"):
-        target("h200").compile(functools.partial(attention, tiling=crowded), attention_args({**MIXED, **{"num_tokens": 256}}))
+        target("h200").compile(
+            functools.partial(attention, tiling=crowded), attention_args({**MIXED, **{"num_tokens": 256}})
+        )
 
 
 def test_missing_compiler_is_explained(monkeypatch):

@@ -59,9 +59,3 @@ def abstract_of(parameters_of):
         }
 
     return abstract_of
-
-
-def bits(array):
-    """The array as integers, so that NaNs and signed zeros count."""
-    array = np.asarray(array)
-    return array.view(np.dtype(f"u{array.dtype.itemsize}"))

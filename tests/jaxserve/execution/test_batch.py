@@ -18,7 +18,7 @@ from jaxserve.execution.buckets import Ladder
 from jaxserve.plan import PageUpdate, RowSampling, SequencePlan, StepPlan
 from jaxserve.testing.fake_runner import toy_config
 
-LADDER = Ladder(toy_config(max_num_seqs=4, max_num_batched_tokens=32))
+LADDER = Ladder(toy_config(max_num_seqs=4, max_num_batched_tokens=32, token_buckets=(32,)))
 
 
 def sequence(row, start, num_tokens, token_ids, samples=True, **more):
