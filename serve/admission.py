@@ -46,9 +46,18 @@ class Admission:
     Args:
         max_requests: most permits at a time: those that run and those that wait [requests].
         max_tokens: most prompt tokens of all of them; a lone request may exceed it. None is no limit.
+        setting: the flag that raises max_requests, for the message of a refusal.
     """
 
-    def __init__(self, max_requests: int, max_tokens: int | None = None, *, clock: Callable[[], float] = time.monotonic):
+    def __init__(
+        self,
+        max_requests: int,
+        max_tokens: int | None = None,
+        *,
+        setting: str = "--max-queued-requests",
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._setting = setting
         self._max_requests = max_requests
         self._max_tokens = max_tokens
         self._clock = clock
@@ -81,7 +90,7 @@ class Admission:
         """
         if self._num_requests >= self._max_requests:
             raise OverloadedError(
-                f"{self._num_requests} requests run or wait already, and no more are taken (--max-queued-requests).",
+                f"{self._num_requests} requests run or wait already, and no more are taken ({self._setting}).",
                 self.retry_after_s,
             )
         self._num_requests += 1

@@ -94,29 +94,28 @@ def convert(
         tensors = Cast(tensors, float_dtype(dtype))
         config_bytes = _with_dtype(config, float_dtype(dtype).name)
     files = directory.read_sidecars(source)
-    specs = tensors.specs
-    num_bytes = sum(spec.num_bytes for spec in specs.values())
+    num_bytes = sum(spec.num_bytes for spec in tensors.specs.values())
     _check_space(destination, num_bytes)
     # disable=None: silent unless stderr is a terminal
     bar = tqdm(total=num_bytes, unit="B", unit_scale=True, desc=destination.name, file=sys.stderr,
                disable=None if show_progress else True)  # fmt: skip
+    options = {"overwrite": overwrite, "on_bytes": bar.update}
     try:
         with bar:
             if to == "orbax":
-                orbax_store.save_from(destination, tensors, config_bytes, files, overwrite=overwrite, on_bytes=bar.update)
+                orbax_store.save_from(destination, tensors, config_bytes, files, **options)
             else:
-                huggingface_writer.write_from(
-                    destination,
-                    parameters,
-                    tensors,
-                    config_bytes,
-                    files,
-                    max_shard_bytes=max_shard_bytes,
-                    overwrite=overwrite,
-                    on_bytes=bar.update,
-                )
+                options["max_shard_bytes"] = max_shard_bytes
+                huggingface_writer.write_from(destination, parameters, tensors, config_bytes, files, **options)
     except OSError as error:
         raise CheckpointError(f"{destination} cannot be written: {error}. Nothing was left there.") from error
+    return _summary(source, destination, to, tensors, (directory.CONFIG, *files), time.monotonic() - started)
+
+
+def _summary(
+    source: Path, destination: Path, to: Format, tensors: ParameterSource, files: tuple[str, ...], elapsed_s: float
+) -> ConversionSummary:
+    specs = tensors.specs
     dtypes = {spec.dtype.name for spec in specs.values()}
     return ConversionSummary(
         source=source,
@@ -125,9 +124,9 @@ def convert(
         dtype=dtypes.pop() if len(dtypes) == 1 else "mixed",
         num_tensors=len(specs),
         num_parameters=sum(spec.num_bytes // spec.dtype.itemsize for spec in specs.values()),
-        num_bytes=num_bytes,
-        files=(directory.CONFIG, *files),
-        elapsed_s=time.monotonic() - started,
+        num_bytes=sum(spec.num_bytes for spec in specs.values()),
+        files=files,
+        elapsed_s=elapsed_s,
     )
 
 

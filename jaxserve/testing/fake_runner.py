@@ -58,7 +58,8 @@ def toy_config(**changes: Any) -> ResolvedConfig:
 
 def toy_request(request_id: str, prompt: Sequence[int] = (65,), *, priority: int = 0, **sampling: Any) -> Request:
     """Returns a validated request; what `SamplingParams` takes goes by its name."""
-    params = SamplingParams(**({"temperature": 0.0} | sampling))
+    fields: dict[str, Any] = {"temperature": 0.0} | sampling
+    params = SamplingParams(**fields)
     stops = frozenset(params.stop_token_ids or ())
     return Request(
         request_id=request_id, prompt_token_ids=tuple(prompt), sampling=params, stop_token_ids=stops, priority=priority

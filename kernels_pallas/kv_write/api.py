@@ -37,7 +37,7 @@ def kv_write(
     _, pool_K, _, pool_H = k_pages_GKZH.shape
     if k_TKH.shape != v_TKH.shape or k_pages_GKZH.shape != v_pages_GKZH.shape or slots_T.shape != (T,):
         raise ValueError(f"keys {k_TKH.shape}, values {v_TKH.shape} and slots {slots_T.shape} do not belong together")
-    if (K, H) != (pool_K, pool_H):
+    if (pool_K, pool_H) != (K, H):
         raise ValueError(f"tokens have (KV heads, head_dim) {(K, H)}, the pool has {(pool_K, pool_H)}")
     args = (k_pages_GKZH, v_pages_GKZH, k_TKH, v_TKH, slots_T)
     return dispatch.choose_and_call("kv_write", IMPLEMENTATIONS, backend, *args)

@@ -64,7 +64,7 @@ class GenerationService:
         self._config = config
         self._admission = admission
         self._write_timeout_s = write_timeout_s
-        self._tokenizing = Admission(MAX_TOKENIZING)
+        self._tokenizing = Admission(MAX_TOKENIZING, setting="a fixed limit")
         self._running: dict[str, _Running] = {}
         self._is_draining = False
         self._is_stopping = False

@@ -173,9 +173,7 @@ def test_gate_sees_too_much_shared_memory():
 def test_gate_sees_register_spills():
     crowded = dataclasses.replace(TILING, query_tile=32, prefill_num_warps=4)
     with pytest.raises(jax.errors.JaxRuntimeError, match="register spilling"):
-        target("h200").compile(
-            functools.partial(attention, tiling=crowded), attention_args({**MIXED, **{"num_tokens": 256}})
-        )
+        target("h200").compile(functools.partial(attention, tiling=crowded), attention_args({**MIXED, "num_tokens": 256}))
 
 
 def test_missing_compiler_is_explained(monkeypatch):

@@ -1,6 +1,7 @@
 """`jaxserve serve --model toy` as a process of its own, and clients on a real socket that know the .proto and plain grpcio.
 
-The toy model's next token is 32 + (7 * length + sum over positions j of ((j mod 31) + 1) * token_j) mod 95, so every answer is known.
+The toy model's next token is 32 + (7 * length + sum over positions j of ((j mod 31) + 1) * token_j) mod 95: every answer is
+known.
 """
 
 import itertools

@@ -133,5 +133,6 @@ def test_out_of_another_bucket_is_refused():
 
 
 def test_planning_imports_no_jax():
-    code = "import sys, kernels_pallas.paged_attention.work, kernels_pallas.paged_attention.tiling; sys.exit('jax' in sys.modules)"
+    modules = "kernels_pallas.paged_attention.work, kernels_pallas.paged_attention.tiling"
+    code = f"import sys, {modules}; sys.exit('jax' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

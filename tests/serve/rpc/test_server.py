@@ -71,9 +71,18 @@ def test_messages_and_metadata_beyond_the_limits_are_refused(with_service, clien
             await bomb(pb.TokenizeRequest(text="x" * (50 * 2**20)), compression=grpc.Compression.Gzip)
         return [*codes, caught.value.code()]
 
-    assert len(gzip.compress(b"x" * (50 * 2**20))) < 100_000
+    assert len(gzip.compress(b"x" * (50 * 2**20))) < 100_000  # so it is not the wire's size that was refused
     assert with_service(body) == [grpc.StatusCode.RESOURCE_EXHAUSTED] * 3
     assert client.submitted == []
+
+
+def test_a_message_just_below_the_limit_is_read(with_service):
+    async def body(served):
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await served.stub.Tokenize(pb.TokenizeRequest(text="x" * (8 * 2**20 - 100)))
+        return caught.value.code()
+
+    assert with_service(body) is grpc.StatusCode.INVALID_ARGUMENT  # by us, as too long a text
 
 
 def test_an_unknown_method_is_unimplemented(with_service):

@@ -1,10 +1,12 @@
 import asyncio
+import threading
 
 import grpc
 import pytest
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
+from jaxserve.tokenization.ascii_tokenizer import AsciiTokenizer
 from serve.protos.jaxserve.v1 import jaxserve_pb2 as pb
 
 
@@ -97,6 +99,42 @@ def test_cancelling_aborts_the_request_and_frees_its_id(with_service, client, un
     assert messages[-1].finish_reason == pb.FINISH_REASON_LENGTH
 
 
+def test_cancelling_a_request_that_waits_aborts_it(with_service, client, until):
+    client.gate.clear()  # as if the pool were full: no token comes
+
+    async def body(served):
+        call = served.stub.Generate(ask(request_id="waiting"))
+        await call.initial_metadata()
+        call.cancel()
+        await until(lambda: client.aborted == ["waiting"])
+        await asyncio.wait_for(served.service.wait_idle(), 5)
+
+    with_service(body)
+
+
+def test_cancelling_a_request_that_is_tokenized_keeps_it_from_the_engine(with_service, client, until):
+    class Waiting(AsciiTokenizer):
+        is_encoding, may_go_on = threading.Event(), threading.Event()
+
+        def encode(self, text, **options):
+            self.is_encoding.set()
+            assert self.may_go_on.wait(10)
+            return super().encode(text, **options)
+
+    async def body(served):
+        call = served.stub.Generate(ask(request_id="a"))
+        reading = asyncio.ensure_future(call.read())
+        await until(Waiting.is_encoding.is_set)
+        call.cancel()
+        await asyncio.wait_for(served.service.wait_idle(), 5)
+        Waiting.may_go_on.set()
+        await asyncio.wait([reading])
+        assert (await rest(served.stub.Generate(ask(max_tokens=1, request_id="a"))))[-1].usage.completion_tokens == 1
+
+    with_service(body, tokenizer=Waiting())
+    assert len(client.submitted) == 1
+
+
 def test_a_client_that_vanishes_aborts_its_request(with_service, client, until):
     async def body(served):
         channel = grpc.aio.insecure_channel(served.server.endpoint)
@@ -131,6 +169,28 @@ def test_abort_ends_a_stream_and_names_what_was_running(with_service, client):
         assert list(answer.aborted_request_ids) == []
 
     with_service(body)
+
+
+def test_abort_reaches_a_request_that_is_still_tokenized(with_service, client):
+    class Waiting(AsciiTokenizer):
+        may_go_on = threading.Event()
+
+        def encode(self, text, **options):
+            assert self.may_go_on.wait(10)
+            return super().encode(text, **options)
+
+    async def body(served):
+        call = served.stub.Generate(ask(request_id="a"))
+        ids = []
+        while not ids:
+            ids = list((await served.stub.Abort(pb.AbortRequest(request_ids=["a"]))).aborted_request_ids)
+        Waiting.may_go_on.set()
+        return await rest(call)
+
+    [message] = with_service(body, tokenizer=Waiting())
+    assert message.finish_reason == pb.FINISH_REASON_ABORT
+    assert message.usage == pb.Usage(prompt_tokens=5)
+    assert client.submitted == []
 
 
 def test_a_running_id_is_refused_and_its_owner_unharmed(with_service):
