@@ -228,8 +228,8 @@ def _max_model_len(config: EngineConfig, model: Model, pool_tokens: int) -> int:
         return config.max_model_len
     if model.max_model_len > pool_tokens > 0:
         warnings.warn(
-            f"max_model_len is lowered from the model's {model.max_model_len} to the {pool_tokens} tokens that the KV pool holds; "
-            "set max_model_len, or give the pool more memory (kv_cache_memory_bytes).",
+            f"max_model_len is lowered from the model's {model.max_model_len} to the {pool_tokens} tokens that the KV pool "
+            "holds; set max_model_len, or give the pool more memory (kv_cache_memory_bytes).",
             stacklevel=3,
         )
         return pool_tokens

@@ -128,13 +128,12 @@ def generate(
         )
         text = sys.stdin.read() if prompt == "-" else prompt
         _check_generate(endpoint, timeout_s, config, settings)
-        writer = _Writer()
-        if endpoint is not None:
-            summary = generation.generate_remotely(endpoint, text, sampling, writer.write, timeout_s)
-        else:
-            with _engine_here(settings, config, show_progress=not quiet) as built:
-                summary = generation.generate_here(built, text, sampling, writer.write)
-        writer.close()
+        with _Writer() as writer:
+            if endpoint is not None:
+                summary = generation.generate_remotely(endpoint, text, sampling, writer.write, timeout_s)
+            else:
+                with _engine_here(settings, config, show_progress=not quiet) as built:
+                    summary = generation.generate_here(built, text, sampling, writer.write)
         if not quiet:
             typer.echo(writer.describe(summary), err=True)
 
@@ -176,8 +175,11 @@ class _Writer:
             sys.stdout.write(text)
             sys.stdout.flush()
 
-    def close(self) -> None:
-        """Ends the line for a person; a pipe gets the completion and nothing else."""
+    def __enter__(self) -> "_Writer":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Ends the line for a person, also after Ctrl-C; a pipe gets the completion and nothing else."""
         if not self._ends_line and sys.stdout.isatty():
             sys.stdout.write("\n")
             sys.stdout.flush()

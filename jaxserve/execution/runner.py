@@ -1,7 +1,8 @@
 """Runs planned steps on the devices: owns parameters, state, compiled programs and host buffers.
 
-Knows nothing of requests beyond a plan. `dispatch` returns at once, `wait` reads one step back; at most one step may be in flight when
-the next is dispatched (100 un-awaited chained steps hung in the all-reduce of 8 CPU devices; one in flight never did).
+Knows nothing of requests beyond a plan. `dispatch` returns at once, `wait` reads one step back; at most one step may be
+in flight when the next is dispatched (100 un-awaited chained steps hung in the all-reduce of 8 CPU devices; one in
+flight never did).
 """
 
 import functools
@@ -36,7 +37,10 @@ from jaxserve.models.model import Model, ModelContext
 from jaxserve.plan import SampledToken, SequencePlan, StepPlan, StepResult, kv_groups
 
 HOST_BUFFERS = 3
-"""A numpy argument that is changed after dispatch may be read changed; a set is reused only after its step was waited for."""
+"""A numpy argument that is changed after dispatch may be read changed.
+
+A set is reused only after its step was waited for.
+"""
 
 
 @dataclass(slots=True)

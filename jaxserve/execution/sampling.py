@@ -1,8 +1,9 @@
 """From logits to a token: masks, temperature, min-p, top-k, top-p, one uniform a row, and log-probabilities.
 
-Order of operations as in vLLM (`docs/compatibility.md`). No sort: each truncation keeps what lies at or above a threshold, and a threshold
-is found bit by bit over the ordered bit patterns of float32, exactly, in 32 masked reductions. Ties at a threshold are kept.
-A row's token depends on its logits, its parameters, its key and its position alone, never on its place in the batch.
+Order of operations as in vLLM (`docs/compatibility.md`). No sort: each truncation keeps what lies at or above a
+threshold, and a threshold is found bit by bit over the ordered bit patterns of float32, exactly, in 32 masked
+reductions. Ties at a threshold are kept. A row's token depends on its logits, its parameters, its key and its position
+alone, never on its place in the batch.
 """
 
 from collections.abc import Callable

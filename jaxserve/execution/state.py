@@ -1,4 +1,7 @@
-"""What lives on the device between steps: pages, block tables, last tokens. Donated to each step; the runner is its only owner."""
+"""What lives on the device between steps: pages, block tables, last tokens.
+
+Donated to each step; the runner is its only owner.
+"""
 
 from typing import Any
 

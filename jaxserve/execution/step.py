@@ -1,7 +1,7 @@
 """The two programs of a step, as pure functions (ADR 0003).
 
-`backbone` computes this step's tokens and leaves the hidden state of each sampling sequence in its row; `head` turns rows into tokens.
-Both run per device inside one `shard_map`; both take the state and give it back.
+`backbone` computes this step's tokens and leaves the hidden state of each sampling sequence in its row; `head` turns
+rows into tokens. Both run per device inside one `shard_map`; both take the state and give it back.
 """
 
 from typing import Any
@@ -82,8 +82,8 @@ def head(
 ) -> tuple[jax.Array, Sampled]:
     """Samples the token of each of `rows_S`.
 
-    Over several devices each computes the logits of its part of the vocabulary, they exchange parts for rows (all-to-all, [S, V/t]
-    to [S/t, V]), and each samples its rows: nobody ever holds all logits.
+    Over several devices each computes the logits of its part of the vocabulary, they exchange parts for rows
+    (all-to-all, [S, V/t] to [S/t, V]), and each samples its rows: nobody ever holds all logits.
 
     Returns:
         last_token_R with these rows' tokens, and the tokens with their log-probabilities, on every device.

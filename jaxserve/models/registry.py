@@ -1,4 +1,7 @@
-"""Which family serves which checkpoint, by the `architectures` of its config.json. Families from outside the tree register too."""
+"""Which family serves which checkpoint, by the `architectures` of its config.json.
+
+Families from outside the tree register too.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

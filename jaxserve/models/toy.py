@@ -2,9 +2,10 @@
 
     next = 32 + (7 * length of the context + sum over its positions j of ((j mod 31) + 1) * token_j) mod 95
 
-Each step writes its tokens, as they are, into the pages and reads the whole context back through the block table; a page in the wrong
-place, or a stale one, gives a wrong and predictable number. The weights by position catch swapped pages too. The sum stays
-an exact float32: (31 * 127 + 7) * 4096 < 2**24. The length is in it because otherwise token 95 would change nothing and repeat for ever.
+Each step writes its tokens, as they are, into the pages and reads the whole context back through the block table; a
+page in the wrong place, or a stale one, gives a wrong and predictable number. The weights by position catch swapped
+pages too. The sum stays an exact float32: (31 * 127 + 7) * 4096 < 2**24. The length is in it because otherwise token 95
+would change nothing and repeat for ever.
 """
 
 from collections.abc import Mapping, Sequence

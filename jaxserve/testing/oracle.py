@@ -1,7 +1,7 @@
 """The oracle: a Llama computed the naive way, in numpy and float64, from the canonical tree.
 
-No pages, no cache, no batch, no jax: the whole context is computed again for every token. Slow, obvious, and shares no code with what
-it checks. Itself checked against transformers where that is installed.
+No pages, no cache, no batch, no jax: the whole context is computed again for every token. Slow, obvious, and shares no
+code with what it checks. Itself checked against transformers where that is installed.
 """
 
 from collections.abc import Mapping, Sequence

@@ -143,7 +143,9 @@ def plan_ragged_batch(
         expected += ((max_decode_items, 4), (num_decode_slots + 1,), (max_prefill_tiles, 4))
         if tuple(a.shape for a in out) != expected or any(a.dtype != np.int32 for a in out):
             raise ValueError(f"out: expected int32 buffers of shapes {expected}, got {[a.shape for a in out]}")
-        for array in out:
+        # Zero what is not about to be written; all of a large bucket would cost more than the plan.
+        padding = (out.rows_S[num_seqs:], out.kv_lens_S[num_seqs:], out.cu_q_lens_S1[:1], out.decode_first_D1[:1])
+        for array in (*padding, out.decode_items_W4[num_items:], out.prefill_tiles_W4[num_tiles:]):
             array.fill(0)
 
     out.rows_S[:num_seqs] = rows

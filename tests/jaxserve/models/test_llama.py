@@ -36,7 +36,10 @@ def released(hidden, intermediate, layers, heads, kv_heads, vocab, **more):
 
 
 RELEASED = {
-    "Llama-2-7B": (released(4096, 11008, 32, 32, 32, 32000, max_position_embeddings=4096, rope_theta=10000.0), 6_738_415_616),
+    "Llama-2-7B": (
+        released(4096, 11008, 32, 32, 32, 32000, max_position_embeddings=4096, rope_theta=10000.0),
+        6_738_415_616,
+    ),
     "Llama-3.1-8B": (released(4096, 14336, 32, 32, 8, 128256, rope_scaling=LLAMA3_SCALING), 8_030_261_248),
     "Llama-3.1-70B": (released(8192, 28672, 80, 64, 8, 128256, rope_scaling=LLAMA3_SCALING), 70_553_706_496),
     "Llama-3.2-1B": (

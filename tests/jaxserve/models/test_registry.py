@@ -20,7 +20,9 @@ def test_an_unknown_architecture_lists_the_known_ones():
         make_model({})
 
 
-@pytest.mark.parametrize("field", ["hidden_size", "intermediate_size", "num_attention_heads", "vocab_size", "num_hidden_layers"])
+@pytest.mark.parametrize(
+    "field", ["hidden_size", "intermediate_size", "num_attention_heads", "vocab_size", "num_hidden_layers"]
+)
 def test_a_missing_field_is_named(field):
     config = {name: value for name, value in CONFIG.items() if name != field}
     with pytest.raises(ConfigError, match=f"lacks '{field}'"):
