@@ -28,7 +28,7 @@ SMALL_CONFIG = LlamaConfig(num_hidden_layers=1, vocab_size=1024)
 # One device a core, each with half of the batch: up to twice as fast as one device whose kernels share the cores.
 NUM_CPU_DEVICES = 2
 SAMPLE_TOKENS = 120
-SAMPLE_TEMPERATURE = 0.6
+SAMPLE_TEMPERATURE = 0.8
 
 
 def arguments() -> argparse.Namespace:

@@ -26,6 +26,8 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from kernels_pallas import pallas_triton
+
 TARGETS = pathlib.Path(__file__).parent / "targets"
 """One GpuTargetConfigProto a GPU model, as text (upstream: openxla/xla, xla/backends/gpu/target_config/specs)."""
 
@@ -97,6 +99,8 @@ class Target:
         shapes = jax.tree.map(
             lambda a, spec: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, spec)), args, spec_tree
         )
+        # A function that was traced before is only lowered here, in a context that may lack the filter.
+        pallas_triton.silence_deprecation()
         # The default device tells both Pallas lowerings and `dispatch.current_platform` what is compiled for.
         with jax.default_device(self.topology.devices[0]):
             lowered = jax.jit(function, **jit_kwargs).lower(*shapes)

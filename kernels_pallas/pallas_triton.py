@@ -21,6 +21,12 @@ SILENCED_WARNINGS = ("The Pallas Triton backend is deprecated",)
 covers sm_80 and sm_89 (DESIGN section 6). The only warning that the project silences; count and date any other here."""
 
 
+def silence_deprecation() -> None:
+    """Installs the filter; again and again, because pytest and `catch_warnings` take it away with their context."""
+    for message in SILENCED_WARNINGS:
+        warnings.filterwarnings("ignore", message=message, category=DeprecationWarning)
+
+
 def call(
     kernel: Callable[..., None],
     args: Sequence[jax.Array],
@@ -34,9 +40,8 @@ def call(
     aliases: Mapping[int, int] | None = None,
 ) -> Sequence[jax.Array]:
     """Runs a Triton kernel over whole arrays; `aliases` maps an argument to the output that overwrites it."""
-    # Here and not at import: lowering follows tracing in the same context, and pytest restores the filters around a test.
-    for message in SILENCED_WARNINGS:
-        warnings.filterwarnings("ignore", message=message, category=DeprecationWarning)
+    # Here and not at import: lowering, which warns, follows tracing in the same context.
+    silence_deprecation()
     pallas_call = pl.pallas_call(
         kernel,
         out_shape=out_shape,

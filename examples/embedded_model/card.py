@@ -35,13 +35,13 @@ download: for first steps, tests and demonstrations, not for use.
 | tokens | {train_tokens:,} | {held_out_tokens:,} |
 
 The corpus is every distinct `.py` file of the library, its tests included, but for files that are mostly tables of
-numbers; about 2 % of the files, by a hash of their path, are held out. {steps:,} steps of {tokens_per_step:,} tokens
-({seen:.2f} million tokens, {epochs:.2f} passes) in windows of {windows} tokens, in
-{minutes:.0f} minutes on {machine}, with Muon for the matrices and AdamW for the rest. The command:
+numbers; about 2 % of the files, by a hash of their path, are held out. The run: {steps:,} steps of {tokens_per_step:,} tokens, which is
+{seen:.2f} million tokens or {epochs:.2f} passes over the corpus, in {minutes:.0f} minutes on {machine}, with Muon for the matrices and
+AdamW for the rest. Windows of {windows} tokens. The command:
 
     {command}
 
-The second run of that command, with the same Python release, jax and machine, gives the same corpus, tokenizer and batches;
+A second run of that command, with the same Python release, jax and machine, gives the same corpus, tokenizer and batches;
 the last bits of the sums, and so of the parameters, may differ between machines.
 
 ## Held-out loss
@@ -66,9 +66,10 @@ Unedited, {sample_tokens} tokens each at most.
 
 ## Limits
 
-It has the look of Python and not the sense: indentation, `self`, docstrings and brackets mostly come out right, names are
-invented, algorithms are not. It knows no other language and no facts, follows no instructions, repeats itself when decoded
-greedily, and was never trained beyond {context} tokens.
+It has the look of Python and not the sense: layout, indentation, `self` and docstrings mostly come out right; brackets often
+do not close, names are made up, and no algorithm is ever right. Decoded greedily it falls into a loop within a few lines; draw
+at a temperature of about 0.8 instead. It knows no other language and no facts, follows no instructions, and was never trained
+beyond {context} tokens.
 
 ## Licence
 

@@ -210,12 +210,14 @@ def test_logprobs_hold_the_chosen_token_and_the_most_likely_ones():
     assert [d.logprobs for d in driver.deltas["none"]] == [None] * 2
 
 
-def test_a_chosen_token_that_is_not_likely_stands_first_with_its_rank():
+@pytest.mark.parametrize(("logprobs", "ranks"), [(1, [(2, 2), (65, 1)]), (4, [(2, 2), (65, 1), (0, 2), (1, 3)])])
+def test_the_chosen_token_stands_first_and_once_with_its_own_rank(logprobs, ranks):
+    """Its rank counts tokens that are more likely; among equals the place in the list would be another number."""
     driver = Driver(next_token=lambda context: 65)
-    driver.add("a", PROMPT[:4], max_tokens=1, min_tokens=1, logprobs=1, stop_token_ids=[0, 1, 65])
+    driver.add("a", PROMPT[:4], max_tokens=1, min_tokens=1, logprobs=logprobs, stop_token_ids=[0, 1, 65])
     driver.run()
     [[entry]] = [d.logprobs for d in driver.deltas["a"]]
-    assert [(token, p.rank) for token, p in entry.items()] == [(2, 2), (65, 1)]
+    assert [(token, p.rank) for token, p in entry.items()] == ranks
 
 
 # --- ends that come from outside, and errors ------------------------------------------------------------------------------

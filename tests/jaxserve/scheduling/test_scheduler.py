@@ -4,7 +4,7 @@ import pytest
 
 from jaxserve.errors import IntegrityError
 from jaxserve.models import toy
-from jaxserve.plan import PageUpdate
+from jaxserve.plan import PageUpdate, SampledToken, StepResult
 from jaxserve.scheduling import scheduler as scheduler_module
 from jaxserve.scheduling.scheduler import Scheduler
 from jaxserve.testing.fake_runner import FakeRunner, expected, toy_config, toy_request
@@ -242,6 +242,17 @@ def test_stop_tokens_are_forbidden_before_min_tokens(min_tokens):
     assert steps.ends["a"][0] == "stop"
 
 
+def test_a_stop_token_that_comes_in_spite_of_min_tokens_does_not_end():
+    """A request that forbids the whole vocabulary leaves the device no choice; min_tokens holds all the same."""
+    scheduler = Scheduler(toy_config())
+    scheduler.add(toy_request("a", PROMPT[:4], max_tokens=8, min_tokens=2, stop_token_ids=[50]))
+    ends = []
+    for step in range(2):
+        scheduler.plan()
+        ends += [c.finish_reason for c in scheduler.commit(StepResult(step, {"a": SampledToken(50)}))]
+    assert ends == [None, "stop"]
+
+
 def test_min_tokens_counts_across_a_preemption():
     steps = Steps(num_pages=8, max_model_len=32)
     first = steps.add("first", PROMPT[:8], max_tokens=20)
@@ -399,6 +410,16 @@ def test_who_was_passed_too_often_is_passed_no_more(monkeypatch):
     assert admitted[2] == "big", "after two steps nobody passes it any more"
     steps.run()
     assert len(steps.ends) == 8
+
+
+def test_patience_starts_anew_when_a_sequence_is_admitted():
+    steps = _with_a_big_one_waiting()
+    steps.step()
+    [big] = steps.scheduler._waiting
+    assert big.num_skips > 0
+    while waiting(steps):
+        steps.step()
+    assert big.num_skips == 0
 
 
 def test_a_stream_of_small_ones_cannot_starve_a_big_one():
