@@ -14,7 +14,12 @@
 The front doors map each branch to one wire status (`serve.errors`), so a new error needs a place in this tree first.
 """
 
+import reprlib
 from typing import Any
+
+_SHORT = reprlib.Repr()
+"""Shows what was given without copying a prompt of 100 MB."""
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
 
 
 class JaxserveError(Exception):
@@ -32,9 +37,7 @@ class InvalidRequestError(JaxserveError, ValueError):
     def __init__(self, parameter: str, value: Any, allowed: str, remedy: str = ""):
         self.parameter = parameter
         self.value = value
-        shown = repr(value)
-        if len(shown) > 80:
-            shown = shown[:77] + "..."
+        shown = _SHORT.repr(value)
         super().__init__(f"{parameter} must be {allowed}, got {shown}." + (f" {remedy}" if remedy else ""))
 
 

@@ -5,7 +5,9 @@ Prompts in, results out, in order. Runs no step itself: the engine's own thread 
 
 import queue
 import warnings
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 from tqdm import tqdm
@@ -80,6 +82,8 @@ class LLM:
             raise ConfigError("model and params exclude each other: give one of them.")
         source = None if params is None else own_model(params, config, tokenizer)
         self._engine: BuiltEngine = build(engine_config, source=source, show_progress=use_tqdm)
+        # The engine's thread keeps it alive; without this a dropped LLM would hold its memory until the process ends.
+        weakref.finalize(self, self._engine.client.close)
 
     def generate(
         self,
@@ -171,9 +175,8 @@ class LLM:
         self.close()
 
     def _request(self, index: int, prompt: Prompt, sampling: SamplingParams | None) -> Request:
-        given = prompt.get("prompt_token_ids") or prompt.get("prompt") or "" if isinstance(prompt, Mapping) else prompt
         try:
-            return self._engine.requests.make(given, sampling)
+            return self._engine.requests.make(_plain_prompt(prompt), sampling)
         except InvalidRequestError as error:
             error.add_note(f"in prompt {index} of this call; nothing was started")
             raise
@@ -275,12 +278,21 @@ def _known_options(options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name in known}
 
 
+def _plain_prompt(prompt: Prompt) -> str | Sequence[int]:
+    if not isinstance(prompt, Mapping):
+        return prompt
+    for name in ("prompt_token_ids", "prompt"):
+        if prompt.get(name) is not None:
+            return prompt[name]
+    raise InvalidRequestError("prompt", sorted(prompt), 'text, token ids, or a dict with "prompt" or "prompt_token_ids"')
+
+
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """Returns a list of prompts; one text, one mapping or one list of token ids is one prompt."""
     if isinstance(prompts, (str, Mapping)):
         return [prompts]
     listed: list[Any] = list(prompts)
-    return [listed] if listed and isinstance(listed[0], int) else listed
+    return [listed] if listed and isinstance(listed[0], Integral) else listed
 
 
 def _one_each(

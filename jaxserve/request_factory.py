@@ -26,6 +26,11 @@ class RequestFactory:
         self._ordinals = itertools.count()
 
     @property
+    def eos_token_ids(self) -> frozenset[int]:
+        """Tokens that end every request that does not ignore them."""
+        return self._eos_token_ids
+
+    @property
     def max_prompt_chars(self) -> int:
         """Longest text worth tokenizing; anything longer cannot fit."""
         return 64 * self._config.max_model_len

@@ -21,7 +21,7 @@ def current_platform() -> str:
 
     The default device comes first because a compilation for a GPU that is not there sets it (`gpu_compile`).
     """
-    device = jax.config.jax_default_device
+    device = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]  (made at run time)
     return _platform_of(jax.default_backend() if device is None else device)
 
 

@@ -20,6 +20,7 @@ import pathlib
 import re
 import tempfile
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -45,7 +46,7 @@ def _check_installed() -> None:
             "deviceless GPU compilation needs the plugin wheels of this jax: "
             f"pip install --no-deps jax-cuda13-plugin=={version} jax-cuda13-pjrt=={version} (extra 'gpu-compile')"
         )
-    platforms = (jax.config.jax_platforms or "").split(",")
+    platforms = (jax.config.jax_platforms or "").split(",")  # pyright: ignore[reportAttributeAccessIssue]
     if "cpu" not in platforms:
         raise GpuCompilerMissing(
             f"deviceless GPU compilation needs JAX_PLATFORMS=cpu set before jax is used, it is {platforms}"
@@ -75,8 +76,8 @@ class Target:
         *,
         specs: PartitionSpec | tuple | None = None,
         mesh: Mesh | None = None,
-        compiler_options: Mapping[str, object] | None = None,
-        **jit_kwargs: object,
+        compiler_options: Mapping[str, str | bool] | None = None,
+        **jit_kwargs: Any,
     ) -> jax.stages.Compiled:
         """Compiles `function(*args)`; of the arguments only shapes and dtypes are used.
 
@@ -119,7 +120,7 @@ class Kernel:
 
 
 def list_kernels(
-    target: Target, function: Callable, args: tuple, **kwargs: object
+    target: Target, function: Callable, args: tuple, **kwargs: Any
 ) -> tuple[jax.stages.Compiled, tuple[Kernel, ...]]:
     """Compiles as `target.compile` does, and returns the executable with its kernels in launch order.
 
@@ -127,7 +128,7 @@ def list_kernels(
     """
     with tempfile.TemporaryDirectory() as folder:
         # XLA leaves fewer than five kernels out of CUDA graphs; a whole step has more, one op alone may not.
-        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True, "xla_gpu_graph_min_graph_size": 1}
+        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True, "xla_gpu_graph_min_graph_size": "1"}
         compiled = target.compile(function, args, compiler_options=options, **kwargs)
         # The second list is printed where a pass, such as the one that makes graphs, changed the first.
         paths = sorted(pathlib.Path(folder).glob("*thunk_sequence*.txt"), key=lambda path: "after" in path.name)
@@ -176,6 +177,10 @@ def _hlo_shape(array) -> str:
 def report(compiled: jax.stages.Compiled) -> Report:
     """Returns the memory and the contents of an executable."""
     memory, text = compiled.memory_analysis(), compiled.as_text()
+    if memory is None or text is None:
+        raise ValueError(
+            "this executable tells neither its memory nor its instructions; `Target.compile` makes ones that do"
+        )
     copies = re.findall(r"= (\w+\[[\d,]*\])\S* (?:copy|copy-start)\(", text)
     return Report(
         argument_bytes=memory.argument_size_in_bytes,

@@ -35,8 +35,9 @@ download: for first steps, tests and demonstrations, not for use.
 | tokens | {train_tokens:,} | {held_out_tokens:,} |
 
 The corpus is every distinct `.py` file of the library, its tests included, but for files that are mostly tables of
-numbers; about 2 % of the files, by a hash of their path, are held out. The run: {steps:,} steps of {tokens_per_step:,} tokens, which is
-{seen:.2f} million tokens or {epochs:.2f} passes over the corpus, in {minutes:.0f} minutes on {machine}, with Muon for the matrices and
+numbers; about 2 % of the files, by a hash of their path, are held out. The run: {steps:,} steps of
+{tokens_per_step:,} tokens, which is {seen:.2f} million tokens or {epochs:.2f} passes over the corpus, in {minutes:.0f} minutes on
+{machine}, with Muon for the matrices and
 AdamW for the rest. Windows of {windows} tokens. The command:
 
     {command}
@@ -55,7 +56,8 @@ Of the bfloat16 parameters, in windows of {context} tokens, on the files that ne
 | **this model** | **{model.nats_per_token:.3f}** | **{model.bits_per_byte:.3f}** |
 
 The unigram has add-one smoothing; the bigram is interpolated with it, p(b|a) = (count(ab) + c·p(b)) / (count(a) + c), with
-the c of {priors} that suits the held-out files best. The model's nats per token by position in the window:
+the c of {priors} that suits the held-out files best. The model's nats per token by position in the window
+(windows open anywhere, in the middle of a line too, which the first positions pay for):
 {positions}.
 
 ## Samples

@@ -89,6 +89,8 @@ def save_from(
         raise CheckpointError(f"{path}: saving works from one process; gather the parameters to one and save them there.")
     with staged(Path(path), overwrite=overwrite) as root:
         _write_payload(root / PARAMS, source, on_bytes, str(path))
+        # Orbax notes where it wrote: a path of this machine, and not even the one the checkpoint will have.
+        (root / PARAMS / "commit_success.txt").write_text(f"Checkpoint commit was successful to {PARAMS}\n")
         write_files(root, config, files)
         return manifests.write(
             root,

@@ -53,15 +53,12 @@ def paged_attention_reference(
     if soft_cap is not None:
         score_TKNC = soft_cap * jnp.tanh(score_TKNC / soft_cap)
     score_TKNC = jnp.where(seen_TC[:, None, None, :], score_TKNC, -jnp.inf)
-    max_TKN1 = jnp.max(score_TKNC, axis=-1, keepdims=True)
-    if sinks_N is not None:
-        # A sink is one more key with a logit of its own and a value of zero.
-        sink_TKN1 = jnp.broadcast_to(sinks_N.astype(dtype).reshape(1, K, N // K, 1), max_TKN1.shape)
-        max_TKN1 = jnp.maximum(max_TKN1, sink_TKN1)
+    # A sink is one more key with a logit of its own and a value of zero; a logit of minus infinity adds nothing.
+    sinks_N = jnp.full((N,), -jnp.inf, dtype) if sinks_N is None else sinks_N.astype(dtype)
+    sink_TKN1 = jnp.broadcast_to(sinks_N.reshape(1, K, N // K, 1), (T, K, N // K, 1))
+    max_TKN1 = jnp.maximum(jnp.max(score_TKNC, axis=-1, keepdims=True), sink_TKN1)
     weight_TKNC = jnp.exp(score_TKNC - max_TKN1)
-    total_TKN1 = jnp.sum(weight_TKNC, axis=-1, keepdims=True)
-    if sinks_N is not None:
-        total_TKN1 += jnp.exp(sink_TKN1 - max_TKN1)
+    total_TKN1 = jnp.sum(weight_TKNC, axis=-1, keepdims=True) + jnp.exp(sink_TKN1 - max_TKN1)
     # Unseen values are zeroed, not only weighted by zero: stale pages may hold NaN, and 0 * NaN is NaN.
     v_TCKH = jnp.where(seen_TC[:, :, None, None], v_TCKH, 0)
     out_TKNH = jnp.einsum("tkgc,tckh->tkgh", weight_TKNC / total_TKN1, v_TCKH, precision="highest")

@@ -8,9 +8,12 @@ sequences share its step. A split *count* chosen from the batch (as FlashDecodin
 its neighbours (DESIGN section 9).
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
+from numpy.typing import ArrayLike
+
+Count = TypeVar("Count", int, np.ndarray)
 
 
 class RaggedBatch(NamedTuple):
@@ -40,12 +43,12 @@ class RaggedBatch(NamedTuple):
     """(q_start, q_len, row, position of the first query) of each tile of the other sequences; padding q_len == 0."""
 
 
-def num_decode_items(kv_len: int, split_size: int) -> int:
+def num_decode_items(kv_len: Count, split_size: int) -> Count:
     """Returns how many decode items a one-token sequence of `kv_len` tokens takes (elementwise for arrays)."""
     return -(-kv_len // split_size)
 
 
-def num_prefill_tiles(q_len: int, query_tile: int) -> int:
+def num_prefill_tiles(q_len: Count, query_tile: int) -> Count:
     """Returns how many prefill tiles a sequence with `q_len` > 1 query tokens takes (elementwise for arrays)."""
     return -(-q_len // query_tile)
 
@@ -86,9 +89,9 @@ def _check_lengths(rows: np.ndarray, kv_lens: np.ndarray, q_lens: np.ndarray) ->
 
 
 def plan_ragged_batch(
-    rows: np.ndarray,
-    kv_lens: np.ndarray,
-    q_lens: np.ndarray,
+    rows: ArrayLike,
+    kv_lens: ArrayLike,
+    q_lens: ArrayLike,
     *,
     num_seq_slots: int,
     num_decode_slots: int,

@@ -40,10 +40,8 @@ def paged_attention_xla(
     if tiling.split_size % Z:
         raise NotImplementedError(f"split_size {tiling.split_size} is not a multiple of the page size {Z}")
     attend = _Attend(k_pages_GKZH, v_pages_GKZH, block_tables_RP, scale, sliding_window, soft_cap, tiling)
-    if sinks_N is None:
-        # A logit of minus infinity adds exactly zero.
-        sinks_N = jnp.full((N,), -jnp.inf, jnp.float32)
-    sinks_N = sinks_N.astype(jnp.float32)
+    # A logit of minus infinity adds exactly zero.
+    sinks_N = jnp.full((N,), -jnp.inf, jnp.float32) if sinks_N is None else sinks_N.astype(jnp.float32)
     # Tiles read and write whole; the last one may reach past the last token.
     out_TNH = jnp.zeros((T + tiling.query_tile, N, H), q_TNH.dtype)
     if batch.prefill_tiles_W4.shape[0]:

@@ -151,7 +151,7 @@ class GenerationService:
             max_model_len=config.max_model_len,
             vocab_size=config.vocab_size,
             max_logprobs=config.max_logprobs,
-            eos_token_ids=self._tokenizer.eos_token_ids if self._tokenizer is not None else (),
+            eos_token_ids=sorted(self._requests.eos_token_ids),
             has_tokenizer=self._tokenizer is not None,
             dtype=config.dtype,
             max_num_seqs=config.max_num_seqs,

@@ -243,3 +243,12 @@ def test_an_error_of_orbax_becomes_one_of_ours(params, tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match=r"/m cannot be written by Orbax: RESOURCE_EXHAUSTED: no space left"):
         orbax_store.save(tmp_path / "m", params, CONFIG)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_does_not_say_where_it_was_written(tmp_path):
+    """Orbax writes the absolute path of its staging folder into the payload."""
+    orbax_store.save(tmp_path / "somewhere", {"a": np.ones(3, np.float32)}, {"architectures": []})
+    for file in (tmp_path / "somewhere").rglob("*"):
+        if file.is_file():
+            assert str(tmp_path).encode() not in file.read_bytes(), file.name
+    orbax_store.verify(tmp_path / "somewhere")
