@@ -14,17 +14,19 @@ GEMM that autotuning would choose on the device (ADR 0007).
 Verified on jax 0.10.2, 0.11.2 and 0.12.0.1.
 """
 
+import contextlib
 import dataclasses
 import importlib.util
 import pathlib
 import re
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import topologies
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from kernels_pallas import pallas_triton
@@ -51,6 +53,22 @@ def _check_installed() -> None:
         raise GpuCompilerMissing(
             f"deviceless GPU compilation needs JAX_PLATFORMS=cpu set before jax is used, it is {platforms}"
         )
+
+
+@contextlib.contextmanager
+def _no_persistent_cache() -> Iterator[None]:
+    """Keeps jax's compilation cache out: an executable of a device that is not there is written, but cannot be read back.
+
+    Whether the cache is used is decided once, so both changes of the setting need a reset (public, jax.experimental).
+    """
+    before = jax.config.jax_enable_compilation_cache  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        jax.config.update("jax_enable_compilation_cache", False)
+        compilation_cache.reset_cache()
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
 
 
 class Target:
@@ -103,7 +121,7 @@ class Target:
         # A function that was traced before is only lowered here, in a context that may lack the filter.
         pallas_triton.silence_deprecation()
         # The default device tells both Pallas lowerings and `dispatch.current_platform` what is compiled for.
-        with jax.default_device(self.topology.devices[0]):
+        with jax.default_device(self.topology.devices[0]), _no_persistent_cache():
             lowered = jax.jit(function, **jit_kwargs).lower(*shapes)
             return lowered.compile(compiler_options={**FAIL_ON_SPILLS, **(compiler_options or {})})
 
