@@ -106,7 +106,7 @@ class EngineConfig:
 
     def _check_count(self, name: str, low: int, high: int, allowed: str) -> None:
         value = getattr(self, name)
-        if not isinstance(value, Integral) or isinstance(value, bool) or not low <= value <= high:
+        if not isinstance(value, Integral) or isinstance(value, bool) or not low <= int(value) <= high:
             raise ConfigError(f"{name} must be {allowed}, got {value!r}.")
         object.__setattr__(self, name, int(value))
 

@@ -12,7 +12,8 @@ from jaxserve.checkpoints import directory, hub
 from jaxserve.errors import ConfigError
 from jaxserve.models.weights import flatten, unflatten
 from jaxserve.tokenization.ascii_tokenizer import AsciiTokenizer
-from jaxserve.tokenization.tokenizer import Tokenizer, load_tokenizer
+from jaxserve.tokenization.loading import load_tokenizer
+from jaxserve.tokenization.tokenizer import Tokenizer
 
 EMBEDDED = Path(__file__).parent / "embedded_model"
 TOY = "toy"

@@ -4,6 +4,7 @@ Plain data. Names, defaults and error conditions are vLLM's where a field exists
 deviations.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -23,16 +24,20 @@ def whole_number(name: str, value: Any, low: int, bits: int = 31, note: str = ""
     Raises:
         InvalidRequestError: it is not in [low, 2**bits).
     """
-    if not isinstance(value, Integral) or isinstance(value, bool) or not low <= value < 2**bits:
+    if not isinstance(value, Integral) or isinstance(value, bool) or not low <= int(value) < 2**bits:
         raise InvalidRequestError(name, value, f"a whole number in [{low}, 2**{bits}){note}")
     return int(value)
 
 
 def _number(name: str, value: Any, low: float, high: float, allowed: str) -> float:
     """Returns a Python or numpy number in [low, high] as a float; NaN is in no range."""
-    if not isinstance(value, Real) or isinstance(value, bool) or not low <= value <= high:
+    try:
+        number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    except OverflowError:  # an int beyond every float
+        number = math.nan
+    if not low <= number <= high:
         raise InvalidRequestError(name, value, allowed)
-    return float(value)
+    return number
 
 
 def _listed(name: str, value: Any, allowed: str) -> tuple[Any, ...]:

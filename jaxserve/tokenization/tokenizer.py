@@ -1,20 +1,12 @@
-"""The tokenizer interface, and which implementation a model directory asks for.
+"""The tokenizer interface. Which implementation a model directory asks for is `loading`'s.
 
-Knows file names, not formats: tokenizer.json is read by `tokenizer_json`, tokenizer.model by `sentencepiece_model`,
-both imported when they are needed, so that importing this module costs milliseconds. Tokenizers hold no request's state
-and may be used from any thread; encoding releases the GIL.
+Tokenizers hold no request's state and may be used from any thread; encoding releases the GIL.
 """
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Protocol
 
-from jaxserve.errors import CheckpointError
-from jaxserve.tokenization.ascii_tokenizer import AsciiTokenizer
 from jaxserve.tokenization.detokenizer import DetokenizerStream
-from jaxserve.tokenization.tokenizer_files import TokenizerFiles
-
-__all__ = ["AsciiTokenizer", "Tokenizer", "load_tokenizer"]
 
 
 class Tokenizer(Protocol):
@@ -80,32 +72,3 @@ class Tokenizer(Protocol):
     def new_stream(self, prompt_token_ids: Sequence[int] = (), *, skip_special_tokens: bool = True) -> DetokenizerStream:
         """An incremental decoder whose text continues the prompt."""
         ...
-
-
-def load_tokenizer(directory: Path | str) -> Tokenizer:
-    """Loads a model directory's tokenizer.
-
-    tokenizer.json is preferred to tokenizer.model. The toy model has neither: its tokenizer_config.json says
-    `"tokenizer_class": "AsciiTokenizer"`, or its config.json `"model_type": "toy"`.
-
-    Raises:
-        CheckpointError: there is no tokenizer, or its file is damaged or of a kind that cannot be decoded.
-    """
-    directory = Path(directory)
-    if not directory.is_dir():
-        raise CheckpointError(f"tokenizer: {directory} is not a directory. Pass the directory of a model.")
-    files = TokenizerFiles.read(directory)
-    if (path := directory / "tokenizer.json").is_file():
-        from jaxserve.tokenization.tokenizer_json import JsonTokenizer
-
-        return JsonTokenizer(path, files)
-    if (path := directory / "tokenizer.model").is_file():
-        from jaxserve.tokenization.sentencepiece_model import SentencePieceTokenizer
-
-        return SentencePieceTokenizer(path, files)
-    if files.tokenizer_class == AsciiTokenizer.__name__ or files.model_type == "toy":
-        return AsciiTokenizer(files.chat_template)
-    raise CheckpointError(
-        f"{directory} holds neither tokenizer.json nor tokenizer.model. Copy one of them from the model's repository,"
-        " or run with token ids and without a tokenizer."
-    )

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from jaxserve.tokenization.tokenizer import AsciiTokenizer, Tokenizer, load_tokenizer
+from jaxserve.tokenization.ascii_tokenizer import AsciiTokenizer
+from jaxserve.tokenization.loading import load_tokenizer
+from jaxserve.tokenization.tokenizer import Tokenizer
 
 CORPUS = [
     "the quick brown fox jumps over the lazy dog",

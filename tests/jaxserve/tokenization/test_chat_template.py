@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from jaxserve.errors import InvalidRequestError
+from jaxserve.tokenization.ascii_tokenizer import AsciiTokenizer
 from jaxserve.tokenization.chat_template import encode_chat, render_chat
-from jaxserve.tokenization.tokenizer import AsciiTokenizer, Tokenizer
+from jaxserve.tokenization.tokenizer import Tokenizer
 
 RECORDED = json.loads(Path(__file__).with_name("chat_template_cases.json").read_text(encoding="utf-8"))
 CASES = [pytest.param(case, id=f"{n}-{case['template']}") for n, case in enumerate(RECORDED["cases"])]

@@ -10,8 +10,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jaxserve.errors import CheckpointError, InvalidRequestError
+from jaxserve.tokenization.ascii_tokenizer import AsciiTokenizer
+from jaxserve.tokenization.loading import load_tokenizer
 from jaxserve.tokenization.piece_tokenizer import GUARD
-from jaxserve.tokenization.tokenizer import AsciiTokenizer, Tokenizer, load_tokenizer
+from jaxserve.tokenization.tokenizer import Tokenizer
 
 # The tokenizer fixtures live for the whole session and hold no state, so sharing them between examples is safe.
 PROPERTY = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
