@@ -7,6 +7,7 @@ filters in pyproject.toml.
 import os
 import pathlib
 import re
+import signal
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
@@ -112,3 +113,14 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.line(row + mark, red=bool(mark))
     for skip in _ledger.unexpected_skips:
         terminalreporter.line(f"UNEXPECTED SKIP {skip} (EXPECTED_SKIPS in tests/conftest.py)", red=True)
+
+
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt here, and in what a test starts.
+
+    A run that was started in the background ignores the signal, and its children inherit that.
+    """
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

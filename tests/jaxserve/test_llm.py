@@ -189,14 +189,6 @@ def _without_template(llm):
     return View()
 
 
-@pytest.fixture
-def ctrl_c():
-    """Ctrl-C raises KeyboardInterrupt, even where the run was started in the background, which ignores the signal."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_returns_at_once_and_leaves_the_llm_usable(toy_llm):
     def interrupt():

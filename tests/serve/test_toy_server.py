@@ -206,6 +206,7 @@ def test_a_client_that_is_killed_does_no_harm(server):
     assert text_of(server.stub.Generate(ask("after", max_tokens=9), timeout=30)) == continuation("after", 9)
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_ends_the_command_with_130(server):
     client = subprocess.Popen(
         [*COMMAND, "generate", "interrupted", "--endpoint", server.endpoint, "--max-tokens", "4000"],
