@@ -88,6 +88,7 @@ def build(config: EngineConfig, *, source: ModelSource | None = None, show_progr
         CheckpointError: a model that is not there, or damaged.
     """
     started = time.monotonic()
+    _skip_the_search_for_accelerators()
     compilations = process_counter()
     _use_compilation_cache(config.compilation_cache_dir)
     source = source or find_model(
@@ -187,6 +188,16 @@ def _buckets(name: str, asked: tuple[int, ...] | None, low: int, high: int, defa
     if asked[-1] != high:
         raise ConfigError(f"{name} must end with {high}, the most that a step may hold, got {asked}.")
     return asked
+
+
+def _skip_the_search_for_accelerators() -> None:
+    """Tells jax to stay on the CPU where no driver offers anything else.
+
+    With a GPU's compiler installed and no GPU, as the tests have it, jax would log an error about cuDNN.
+    """
+    nodes = ("nvidia*", "kfd", "dxg", "accel*", "vfio/*")
+    if not getattr(jax.config, "jax_platforms", None) and not any(any(Path("/dev").glob(node)) for node in nodes):
+        jax.config.update("jax_platforms", "cpu")
 
 
 def _platform() -> str:

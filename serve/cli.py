@@ -148,6 +148,7 @@ def convert(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Nothing but errors on stderr.")] = False,
 ) -> None:
     """Convert a checkpoint: Hugging Face safetensors to Orbax, and back."""
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the host converts; a GPU's memory stays free
     with _errors_on_one_line():
         from jaxserve.checkpoints.convert import convert as convert_checkpoint
 
