@@ -10,7 +10,7 @@
 #   make protos     the gRPC stubs, from serve/protos/**/*.proto
 #   make clean      removes everything that the other targets make
 #
-# ARGS passes flags on:            make serve ARGS="--port 9000"      make test ARGS="-k scheduler"
+# ARGS passes flags on:            make serve ARGS="--grpc-port 9000"      make test ARGS="-k scheduler"
 # EXTRAS picks JAX's platform:     make serve EXTRAS=cuda13
 # PYTHON picks the interpreter:    PYTHON=python3.12 make test        (the first one used gets .venv, others .venv-X.Y)
 

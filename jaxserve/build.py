@@ -20,7 +20,14 @@ from jaxserve.engine_thread import EngineThread
 from jaxserve.errors import ConfigError
 from jaxserve.execution.buckets import powers_of_two
 from jaxserve.execution.compilation import process_counter
-from jaxserve.execution.memory import CPU_DEFAULT_KV_BYTES, check_fits, free_device_bytes, num_pages_for, page_bytes
+from jaxserve.execution.memory import (
+    CPU_DEFAULT_KV_BYTES,
+    check_fits,
+    check_host_memory,
+    free_device_bytes,
+    num_pages_for,
+    page_bytes,
+)
 from jaxserve.execution.runner import Runner
 from jaxserve.model_source import ModelSource, find_model
 from jaxserve.models.attention import AttentionContext
@@ -32,6 +39,7 @@ from jaxserve.plan import kv_groups
 from jaxserve.request_factory import RequestFactory
 from jaxserve.scheduling.scheduler import Scheduler
 from jaxserve.tokenization.tokenizer import Tokenizer
+from kernels_pallas.paged_attention.api import IMPLEMENTATIONS
 from kernels_pallas.paged_attention.tiling import Tiling, default_tiling
 from sharding.mesh import TensorParallelism, make_mesh
 from sharding.rules import spec_for
@@ -145,7 +153,12 @@ def resolve(
     num_pages = config.num_pages or num_pages_for(_kv_bytes(config, mesh), bytes_a_page)
     max_model_len = _max_model_len(config, model, num_pages * page_size)
     check_fits(num_pages, page_size, max_model_len, bytes_a_page)
+    if platform == "cpu":
+        check_host_memory(num_pages * bytes_a_page * parallel.size)
     num_pages = min(num_pages, max_num_seqs * -(-max_model_len // page_size)) if not config.num_pages else num_pages
+    if config.attention_backend not in ("auto", *IMPLEMENTATIONS):
+        names = ", ".join(("auto", *IMPLEMENTATIONS))
+        raise ConfigError(f"attention_backend must be one of {names}, got {config.attention_backend!r}.")
     tiling = default_tiling(
         platform,
         num_q_heads=max(1, model.num_heads // parallel.size),

@@ -98,10 +98,10 @@ class EngineConfig:
         sizes = getattr(self, name)
         if sizes is None:
             return
-        sizes = tuple(sizes)
+        sizes = tuple(sizes) if isinstance(sizes, (tuple, list)) else (None,)
         is_ascending = all(a < b for a, b in pairwise((0, *sizes))) if all(type(n) is int for n in sizes) else False
         if not sizes or not is_ascending:
-            raise ConfigError(f"{name} must be ascending whole numbers of at least 1, got {sizes!r}.")
+            raise ConfigError(f"{name} must be ascending whole numbers of at least 1, got {getattr(self, name)!r}.")
         object.__setattr__(self, name, sizes)
 
     def _check_count(self, name: str, low: int, high: int, allowed: str) -> None:

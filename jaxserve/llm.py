@@ -291,6 +291,8 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """Returns a list of prompts; one text, one mapping or one list of token ids is one prompt."""
     if isinstance(prompts, (str, Mapping)):
         return [prompts]
+    if isinstance(prompts, bytes) or not isinstance(prompts, Iterable):
+        raise InvalidRequestError("prompts", prompts, "a text, a list of token ids, or a list of such prompts")
     listed: list[Any] = list(prompts)
     return [listed] if listed and isinstance(listed[0], Integral) else listed
 
@@ -300,7 +302,9 @@ def _one_each(
 ) -> list[SamplingParams] | list[SamplingParams | None]:
     if params is None or isinstance(params, SamplingParams):
         return [params] * count
-    listed = list(params)
+    listed = list(params) if isinstance(params, Iterable) else [params]
+    if not all(isinstance(p, SamplingParams) for p in listed):
+        raise InvalidRequestError("sampling_params", params, "None, a SamplingParams, or a list with one a prompt")
     if len(listed) != count:
         raise InvalidRequestError("sampling_params", f"{len(listed)} entries", f"one, or as many as prompts ({count})")
     return listed

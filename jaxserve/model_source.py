@@ -64,7 +64,8 @@ def find_model(
         import numpy as np
 
         config = {"architectures": ["JaxserveToy"], "model_type": TOY}
-        return ModelSource(TOY, config, None, {"scale": np.ones(1, np.float32)}, _tokenizer(tokenizer) or AsciiTokenizer())
+        own = None if skip_tokenizer else _tokenizer(tokenizer) or AsciiTokenizer()
+        return ModelSource(TOY, config, None, {"scale": np.ones(1, np.float32)}, own)
     path = EMBEDDED if model is None else hub.resolve(model, revision)
     return ModelSource(
         name="embedded" if model is None else (model if not Path(model).exists() else path.resolve().name),
@@ -107,7 +108,11 @@ def canonical_leaves(params: Any) -> dict[str, Any]:
         )
     if set(params) == {"params"}:
         params = params["params"]
-    return flatten(params)
+    leaves = flatten(params)
+    for path, leaf in leaves.items():
+        if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
+            raise ConfigError(f"params: {path} must be an array, got {type(leaf).__name__}.")
+    return leaves
 
 
 def canonical_tree(params: Any) -> dict[str, Any]:
@@ -116,4 +121,8 @@ def canonical_tree(params: Any) -> dict[str, Any]:
 
 
 def _tokenizer(tokenizer: str | Tokenizer | None) -> Tokenizer | None:
-    return load_tokenizer(tokenizer) if isinstance(tokenizer, (str, Path)) else tokenizer
+    if isinstance(tokenizer, (str, Path)):
+        return load_tokenizer(tokenizer)
+    if tokenizer is not None and not hasattr(tokenizer, "encode"):
+        raise ConfigError(f"tokenizer must be a directory, a Tokenizer or None, got {tokenizer!r}.")
+    return tokenizer

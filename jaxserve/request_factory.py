@@ -22,7 +22,8 @@ class RequestFactory:
     def __init__(self, config: ResolvedConfig, tokenizer: Tokenizer | None, eos_token_ids: Sequence[int] = ()):
         self._config = config
         self._tokenizer = tokenizer
-        self._eos_token_ids = frozenset(eos_token_ids)
+        # A checkpoint may name an end that its own vocabulary lacks; such a token is never sampled.
+        self._eos_token_ids = frozenset(i for i in eos_token_ids if 0 <= i < config.vocab_size)
         self._ordinals = itertools.count()
 
     @property
@@ -113,6 +114,9 @@ class RequestFactory:
                 f"at most max_logprobs ({config.max_logprobs})",
                 "Raise max_logprobs when starting the engine.",
             )
+        if sampling.stop and self._tokenizer is None:
+            remedy = "Use stop_token_ids, or pass a tokenizer."
+            raise InvalidRequestError("stop", sampling.stop, "empty, as this engine has no tokenizer", remedy)
         for token_id in sampling.stop_token_ids or ():
             if token_id >= config.vocab_size:
                 raise InvalidRequestError("stop_token_ids", token_id, f"in the vocabulary, [0, {config.vocab_size})")

@@ -145,14 +145,17 @@ def convert(
     *,
     dtype: Annotated[str | None, typer.Option(help="Of the parameters; the source's own by default.")] = None,
     to: Annotated[Literal["orbax", "huggingface"], typer.Option(help="The format to write.")] = "orbax",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint at the destination.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Nothing but errors on stderr.")] = False,
 ) -> None:
     """Convert a checkpoint: Hugging Face safetensors to Orbax, and back."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the host converts; a GPU's memory stays free
     with _errors_on_one_line():
+        from jaxserve.checkpoints import hub
         from jaxserve.checkpoints.convert import convert as convert_checkpoint
 
-        convert_checkpoint(source, destination, dtype=dtype, to=to, show_progress=not quiet)
+        found = hub.resolve(source)
+        convert_checkpoint(found, destination, dtype=dtype, to=to, show_progress=not quiet, overwrite=overwrite)
         if not quiet:
             typer.echo(f"{destination} holds {source} for {to}", err=True)
 

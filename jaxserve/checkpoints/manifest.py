@@ -116,8 +116,8 @@ def verify(root: Path, manifest: Manifest) -> None:
     if damaged:
         shown = "; ".join(damaged[:5]) + ("; ..." if len(damaged) > 5 else "")
         raise CheckpointError(
-            f"{root}: {shown}. The checkpoint is damaged: {_REMEDY}. (A file edited on purpose counts as damaged too; "
-            "verify=False loads it.)"
+            f"{root}: {shown}. The checkpoint is damaged: {_REMEDY}. (A file edited on purpose counts as damaged too: "
+            "convert the checkpoint again from its source.)"
         )
 
 

@@ -27,7 +27,9 @@ def check_destination(destination: Path, overwrite: bool) -> None:
     if not any(destination.iterdir()):
         return
     if not overwrite:
-        raise CheckpointError(f"{destination} exists and is not empty; choose another destination or ask to overwrite.")
+        raise CheckpointError(
+            f"{destination} exists and is not empty; choose another, or pass --overwrite (overwrite=True)."
+        )
     if not any((destination / mark).is_file() for mark in _CHECKPOINT_MARKS):
         raise CheckpointError(
             f"{destination} does not look like a checkpoint (none of {', '.join(_CHECKPOINT_MARKS)}), so it is not "

@@ -1,5 +1,6 @@
 """How many KV pages an engine gets: from a size that was asked for, or from what a device has left."""
 
+import os
 from typing import Any
 
 import jax
@@ -44,4 +45,14 @@ def check_fits(num_pages: int, page_size: int, max_model_len: int, bytes_a_page:
             f"request of max_model_len {max_model_len} needs {needed} ({needed * bytes_a_page / 2**20:.0f} MiB): give it more "
             f"(num_pages, kv_cache_memory_bytes or gpu_memory_utilization), or lower max_model_len to at most "
             f"{num_pages * page_size}."
+        )
+
+
+def check_host_memory(pool_bytes: int) -> None:
+    """Raises ConfigError if the machine has less memory than a KV pool on the CPU would take."""
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if pool_bytes > total:
+        raise ConfigError(
+            f"The KV pool would take {pool_bytes / 2**30:.1f} GiB and the machine has {total / 2**30:.1f}: lower num_pages or "
+            "kv_cache_memory_bytes."
         )

@@ -99,7 +99,8 @@ class Runner:
         backbones, heads = self._ladder.backbones(), self._ladder.heads()
         total, done = len(backbones) + len(heads), 0
         progress(done, total)
-        with ThreadPoolExecutor(num_threads) as pool:
+        pool = ThreadPoolExecutor(num_threads)
+        try:
             compile_backbones = pool.map(self._programs.backbone, backbones)
             compile_heads = pool.map(self._programs.head, heads)
             for bucket, program in zip(backbones, compile_backbones, strict=True):
@@ -110,6 +111,8 @@ class Runner:
                 words = np.full((size, -(-self.config.vocab_size // 32)), 0xFFFFFFFF, np.uint32)
                 self._allow_all[size] = jax.device_put(words, self._programs.replicated)
                 progress(done := done + 1, total)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # after Ctrl-C nothing more is begun
         self._run_each_once()
 
     def _run_each_once(self) -> None:

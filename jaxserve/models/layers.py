@@ -4,6 +4,7 @@ Flax NNX modules hold parameters in the served layout; their metadata names logi
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 from flax import nnx
 
 from jaxserve.errors import ConfigError
+from jaxserve.models.config_fields import count, positive
 from jaxserve.models.linear import linear_f32
 from jaxserve.models.model import ModelContext
 
@@ -60,25 +62,24 @@ class Rope:
     scaling: Llama3Scaling | None = None
 
     @classmethod
-    def from_huggingface(cls, config: dict[str, Any], head_dim: int) -> "Rope":
+    def from_huggingface(cls, config: Mapping[str, Any], head_dim: int) -> "Rope":
         """Reads `rope_theta` and `rope_scaling` (transformers 4) or `rope_parameters` (transformers 5)."""
         parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        theta = parameters.get("rope_theta", config.get("rope_theta", 10000.0))
+        if not isinstance(parameters, Mapping):
+            raise ConfigError(f"config.json: rope_scaling must be an object, got {parameters!r}.")
+        theta = positive(parameters, "rope_theta", positive(config, "rope_theta", 10000.0))
         kind = parameters.get("rope_type", parameters.get("type", "default"))
         if kind == "default":
-            return cls(head_dim, float(theta))
+            return cls(head_dim, theta)
         if kind != "llama3":
-            raise ConfigError(f"rope_scaling type must be one of default, llama3, got {kind!r}.")
-        try:
-            scaling = Llama3Scaling(
-                float(parameters["factor"]),
-                float(parameters["low_freq_factor"]),
-                float(parameters["high_freq_factor"]),
-                int(parameters["original_max_position_embeddings"]),
-            )
-        except KeyError as error:
-            raise ConfigError(f"rope_scaling of type llama3 lacks {error.args[0]!r}.") from None
-        return cls(head_dim, float(theta), scaling)
+            raise ConfigError(f"config.json: rope_scaling type must be one of default, llama3, got {kind!r}.")
+        scaling = Llama3Scaling(
+            positive(parameters, "factor"),
+            positive(parameters, "low_freq_factor"),
+            positive(parameters, "high_freq_factor"),
+            count(parameters, "original_max_position_embeddings"),
+        )
+        return cls(head_dim, theta, scaling)
 
     def frequencies(self) -> np.ndarray:
         """Returns radians a position, float32 [H / 2]."""

@@ -15,6 +15,7 @@ from flax import nnx
 
 from jaxserve.errors import ConfigError
 from jaxserve.models.attention import PagedCache
+from jaxserve.models.config_fields import count, positive
 from jaxserve.models.layers import RMSNorm, Rope, embed, pad_rows, padded_vocab, parameter, rotate, unembed
 from jaxserve.models.linear import linear
 from jaxserve.models.model import ModelContext, ServedParams
@@ -43,36 +44,38 @@ class LlamaConfig:
 
     @classmethod
     def from_huggingface(cls, config: Mapping[str, Any]) -> "LlamaConfig":
-        """Reads a config.json; raises ConfigError for a missing field or one this family does not implement."""
-        try:
-            hidden_size, num_heads = int(config["hidden_size"]), int(config["num_attention_heads"])
-            head_dim = int(config.get("head_dim") or hidden_size // num_heads)
-            result = cls(
-                hidden_size=hidden_size,
-                intermediate_size=int(config["intermediate_size"]),
-                num_heads=num_heads,
-                num_kv_heads=int(config.get("num_key_value_heads") or num_heads),
-                head_dim=head_dim,
-                vocab_size=int(config["vocab_size"]),
-                num_layers=int(config["num_hidden_layers"]),
-                rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
-                rope=Rope.from_huggingface(dict(config), head_dim),
-                is_tied=bool(config.get("tie_word_embeddings", False)),
-                max_position_embeddings=int(config.get("max_position_embeddings", 2048)),
-            )
-        except KeyError as error:
-            raise ConfigError(f"config.json lacks {error.args[0]!r}, which a Llama needs.") from None
-        for name in ("attention_bias", "mlp_bias"):
-            if config.get(name):
-                raise ConfigError(f"config.json: {name} must be false for this family, got {config[name]!r}.")
-        if config.get("hidden_act", "silu") != "silu":
-            raise ConfigError(f"config.json: hidden_act must be 'silu', got {config['hidden_act']!r}.")
+        """Reads a config.json; raises ConfigError for a field that is missing, wrong, or not implemented here."""
+        _refuse_what_is_not_implemented(config)
+        hidden_size, num_heads = count(config, "hidden_size"), count(config, "num_attention_heads")
+        head_dim = count(config, "head_dim", hidden_size // num_heads)
+        result = cls(
+            hidden_size=hidden_size,
+            intermediate_size=count(config, "intermediate_size"),
+            num_heads=num_heads,
+            num_kv_heads=count(config, "num_key_value_heads", num_heads),
+            head_dim=head_dim,
+            vocab_size=count(config, "vocab_size"),
+            num_layers=count(config, "num_hidden_layers"),
+            rms_norm_eps=positive(config, "rms_norm_eps", 1e-6),
+            rope=Rope.from_huggingface(config, head_dim),
+            is_tied=bool(config.get("tie_word_embeddings", False)),
+            max_position_embeddings=count(config, "max_position_embeddings", 2048),
+        )
         if result.num_heads % result.num_kv_heads:
             raise ConfigError(
                 f"config.json: num_attention_heads ({result.num_heads}) must be a multiple of "
                 f"num_key_value_heads ({result.num_kv_heads})."
             )
         return result
+
+
+def _refuse_what_is_not_implemented(config: Mapping[str, Any]) -> None:
+    """Raises ConfigError for what would change the numbers and is not in this file: better no tokens than wrong ones."""
+    for name in ("attention_bias", "mlp_bias", "sliding_window", "quantization_config"):
+        if config.get(name):
+            raise ConfigError(f"config.json: {name} must be absent or false for this family, got {config[name]!r}.")
+    if config.get("hidden_act", "silu") != "silu":
+        raise ConfigError(f"config.json: hidden_act must be 'silu', got {config['hidden_act']!r}.")
 
 
 class LlamaLayer(nnx.Module):

@@ -45,8 +45,9 @@ def family_of(config: Mapping[str, Any]) -> Family:
         UnknownModelError: none of its architectures is registered; lists those that are.
     """
     names = config.get("architectures") or []
+    names = names if isinstance(names, list) else [names]
     for name in names:
-        if name in _FAMILIES:
+        if isinstance(name, str) and name in _FAMILIES:
             return _FAMILIES[name]
     raise UnknownModelError(
         f"architectures in config.json must name one of {', '.join(known_architectures())}, got {names}. "

@@ -160,6 +160,52 @@ def test_a_bad_request_is_named_and_nothing_starts(tiny_llm):
     assert tiny_llm.stats().num_prompt_tokens == before
 
 
+@pytest.mark.parametrize(
+    ("prompts", "params", "field"),
+    [
+        (None, GREEDY, "prompts"),
+        (5, GREEDY, "prompts"),
+        (b"abc", GREEDY, "prompts"),
+        ({"text": "a"}, GREEDY, "prompt"),
+        ("a", {"temperature": 0}, "sampling_params"),
+        (["a"], ["x"], "sampling_params"),
+    ],
+)
+def test_a_wrong_type_is_named(tiny_llm, prompts, params, field):
+    with pytest.raises(InvalidRequestError) as caught:
+        tiny_llm.generate(prompts, params, use_tqdm=False)
+    assert caught.value.parameter == field
+
+
+def test_an_end_of_sequence_outside_the_vocabulary_is_no_danger():
+    """Some checkpoints name one; with min_tokens it would be a bit of the mask that is not there."""
+    config = {"architectures": ["JaxserveToy"], "eos_token_id": [99999, 0]}
+    limits = {"max_num_seqs": 1, "max_num_batched_tokens": 16, "max_model_len": 64, "num_pages": 8}
+    with LLM(params={"scale": np.ones(1, np.float32)}, config=config, use_tqdm=False, **limits) as llm:
+        params = SamplingParams(temperature=0, max_tokens=4, min_tokens=3)
+        assert generate(llm, [[65]], params)[0].token_ids == toy.continuation([65], 4)
+        with pytest.raises(InvalidRequestError, match="stop must be empty, as this engine has no tokenizer"):
+            generate(llm, [[65]], SamplingParams(stop=["a"]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"params": {"scale": [1.0]}, "config": {"architectures": ["JaxserveToy"]}}, "scale must be an array, got list"),
+        (
+            {"params": {"scale": np.ones(1)}, "config": {"architectures": ["JaxserveToy"]}, "tokenizer": 5},
+            "tokenizer must be",
+        ),
+        ({"model": "toy", "attention_backend": "foo"}, "attention_backend must be one of auto, .*got 'foo'"),
+        ({"model": "toy", "token_buckets": 16}, "token_buckets must be ascending whole numbers"),
+        ({"model": "toy", "num_pages": 10**9}, "The KV pool would take .* GiB and the machine has"),
+    ],
+)
+def test_an_engine_that_cannot_be_built_says_why(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        LLM(**arguments, use_tqdm=False)
+
+
 def test_chat_needs_a_template_and_uses_it(tiny_llm):
     messages = [{"role": "user", "content": "hi"}]
     params = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)

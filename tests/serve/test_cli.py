@@ -148,15 +148,17 @@ def test_unknown_flags_and_commands_are_wrong_usage(run):
         assert run(*arguments).exit_code == 2
 
 
-def test_convert_passes_its_arguments(run, monkeypatch):
+def test_convert_finds_its_source_and_passes_its_arguments(run, monkeypatch):
     seen = []
+    monkeypatch.setattr("jaxserve.checkpoints.hub.resolve", lambda name: Path("found") / name)
     fake = SimpleNamespace(convert=lambda *arguments, **options: seen.append((arguments, options)))
     monkeypatch.setitem(sys.modules, "jaxserve.checkpoints.convert", fake)
     assert run("convert", "SRC", "DST").exit_code == 0
-    assert run("convert", "SRC", "DST", "--dtype", "bfloat16", "--to", "huggingface", "-q").output == ""
+    assert run("convert", "SRC", "DST", "--dtype", "bfloat16", "--to", "huggingface", "--overwrite", "-q").output == ""
+    paths = (Path("found/SRC"), Path("DST"))
     assert seen == [
-        (("SRC", Path("DST")), {"dtype": None, "to": "orbax", "show_progress": True}),
-        (("SRC", Path("DST")), {"dtype": "bfloat16", "to": "huggingface", "show_progress": False}),
+        (paths, {"dtype": None, "to": "orbax", "show_progress": True, "overwrite": False}),
+        (paths, {"dtype": "bfloat16", "to": "huggingface", "show_progress": False, "overwrite": True}),
     ]
 
 

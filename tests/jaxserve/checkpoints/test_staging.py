@@ -57,7 +57,7 @@ def test_overwriting_replaces_all_of_a_checkpoint(checkpoint, tmp_path):
 
 
 def test_a_destination_that_is_taken_is_refused_before_and_after(checkpoint, tmp_path):
-    with pytest.raises(CheckpointError, match="exists and is not empty; choose another destination or ask to overwrite"):
+    with pytest.raises(CheckpointError, match="exists and is not empty; choose another, or pass --overwrite"):
         staged(checkpoint).__enter__()
     with pytest.raises(CheckpointError, match="exists and is not empty"), staged(tmp_path / "late") as root:
         (root / "a").write_text("1")

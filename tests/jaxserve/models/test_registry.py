@@ -32,7 +32,16 @@ def test_a_missing_field_is_named(field):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"attention_bias": True}, "attention_bias must be false"),
+        ({"attention_bias": True}, "attention_bias must be absent or false"),
+        ({"sliding_window": 4}, "sliding_window must be absent or false"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config must be absent"),
+        ({"rms_norm_eps": "x"}, "rms_norm_eps must be a finite number above 0, got 'x'"),
+        ({"num_attention_heads": 0}, "num_attention_heads must be a whole number of at least 1, got 0"),
+        ({"num_attention_heads": None}, "lacks 'num_attention_heads'"),
+        ({"hidden_size": "64"}, "hidden_size must be a whole number"),
+        ({"max_position_embeddings": 0}, "max_position_embeddings must be"),
+        ({"rope_scaling": 3}, "rope_scaling must be an object"),
+        ({"architectures": 5}, r"got \[5\]"),
         ({"hidden_act": "gelu"}, "hidden_act must be 'silu'"),
         ({"num_key_value_heads": 3}, "must be a multiple"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "one of default, llama3, got 'yarn'"),

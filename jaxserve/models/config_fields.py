@@ -1,0 +1,41 @@
+"""Fields of a Hugging Face config.json, checked: somebody else wrote that file."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from jaxserve.errors import ConfigError
+
+MAX_COUNT = 2**31 - 1
+
+
+def _present(config: Mapping[str, Any], name: str, default: Any) -> Any:
+    value = config.get(name)
+    value = default if value is None else value
+    if value is None:
+        raise ConfigError(f"config.json lacks {name!r}.")
+    return value
+
+
+def count(config: Mapping[str, Any], name: str, default: int | None = None) -> int:
+    """Returns a whole number of at least 1; `default` where the field is absent or null and there is one.
+
+    Raises:
+        ConfigError: names the field and what was there.
+    """
+    value = _present(config, name, default)
+    if type(value) is not int or not 1 <= value <= MAX_COUNT:
+        raise ConfigError(f"config.json: {name} must be a whole number of at least 1, got {value!r}.")
+    return value
+
+
+def positive(config: Mapping[str, Any], name: str, default: float | None = None) -> float:
+    """Returns a finite number above 0; `default` where the field is absent or null and there is one.
+
+    Raises:
+        ConfigError: names the field and what was there.
+    """
+    value = _present(config, name, default)
+    if type(value) not in (int, float) or not 0 < value < math.inf:
+        raise ConfigError(f"config.json: {name} must be a finite number above 0, got {value!r}.")
+    return float(value)
