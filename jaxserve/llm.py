@@ -302,7 +302,7 @@ def _one_each(
 ) -> list[SamplingParams] | list[SamplingParams | None]:
     if params is None or isinstance(params, SamplingParams):
         return [params] * count
-    listed = list(params) if isinstance(params, Iterable) else [params]
+    listed: list[Any] = list(params) if isinstance(params, Iterable) else [params]
     if not all(isinstance(p, SamplingParams) for p in listed):
         raise InvalidRequestError("sampling_params", params, "None, a SamplingParams, or a list with one a prompt")
     if len(listed) != count:
