@@ -99,7 +99,8 @@ class EngineConfig:
         if sizes is None:
             return
         sizes = tuple(sizes) if isinstance(sizes, (tuple, list)) else (None,)
-        is_ascending = all(a < b for a, b in pairwise((0, *sizes))) if all(type(n) is int for n in sizes) else False
+        numbers = [n for n in sizes if type(n) is int]
+        is_ascending = len(numbers) == len(sizes) and all(a < b for a, b in pairwise((0, *numbers)))
         if not sizes or not is_ascending:
             raise ConfigError(f"{name} must be ascending whole numbers of at least 1, got {getattr(self, name)!r}.")
         object.__setattr__(self, name, sizes)
