@@ -116,9 +116,8 @@ def build(config: EngineConfig, *, source: ModelSource | None = None, show_progr
         ModelContext(LinearContext(platform), _parallelism(config, model)),
         AttentionContext(tiling, config.attention_backend),
     )
-    progress = _ProgressLine(show_progress)
-    runner.warmup(progress.update, num_threads=max(2, min(8, os.cpu_count() or 2)))
-    progress.close()
+    with _ProgressLine(show_progress) as progress:
+        runner.warmup(progress.update, num_threads=max(2, min(8, os.cpu_count() or 2)))
     scheduler = Scheduler(resolved, num_groups=len(kv_groups(model.kv_specs())))
     client = EngineThread(Engine(scheduler, runner, source.tokenizer), compilations.count_of)
     ready = time.monotonic()
@@ -318,9 +317,12 @@ class _ProgressLine:
     def __init__(self, is_shown: bool):
         self._bar = tqdm(desc="Compiling programs", unit="program", disable=not is_shown, leave=False, file=sys.stderr)
 
+    def __enter__(self) -> "_ProgressLine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
     def update(self, done: int, total: int) -> None:
         self._bar.total = total
         self._bar.update(done - self._bar.n)
-
-    def close(self) -> None:
-        self._bar.close()

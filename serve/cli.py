@@ -8,6 +8,7 @@ import contextlib
 import io
 import logging
 import os
+import re
 import shutil
 import sys
 import time
@@ -127,6 +128,8 @@ def generate(
             ignore_eos=ignore_eos,
         )
         text = sys.stdin.read() if prompt == "-" else prompt
+        if not text.isprintable() and any("\ud800" <= c <= "\udfff" for c in text):
+            raise ConfigError("The prompt must be valid UTF-8; it holds bytes that are not.")
         _check_generate(endpoint, timeout_s, config, settings)
         with _Writer() as writer:
             if endpoint is not None:
@@ -203,6 +206,8 @@ def _check_generate(endpoint: str | None, timeout_s: float | None, config: Path 
     if endpoint is not None and (given or config is not None):
         flag = given[0] if given else "--config"
         raise ConfigError(f"{flag} is about an engine in this process; with --endpoint the server has its own settings.")
+    if endpoint is not None and not re.fullmatch(r"[^\s:/]+:\d{1,5}|\[[0-9a-fA-F:]+\]:\d{1,5}", endpoint):
+        raise ConfigError(f"--endpoint must be HOST:PORT such as 127.0.0.1:8001, got {endpoint!r}.")
     if timeout_s is not None and (endpoint is None or not timeout_s > 0):
         raise ConfigError("--timeout-s must be more than 0 seconds, and needs --endpoint.")
 

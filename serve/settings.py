@@ -126,6 +126,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def _check_unique(path: Path, node: "yaml.MappingNode") -> None:
     seen: set[str] = set()
     for key, _ in node.value:
+        if not isinstance(key.value, str):
+            raise ConfigError(f"{path}:{key.start_mark.line + 1}: a key must be a name such as `model`.")
         if key.value in seen:
             raise ConfigError(f"{path}:{key.start_mark.line + 1}: {key.value} is there twice; keep one of them.")
         seen.add(key.value)

@@ -200,3 +200,16 @@ def test_how_to_call_is_what_the_shell_finds_or_a_path(tmp_path, monkeypatch):
     assert cli.how_to_call() == str(program).removeprefix("/")
     monkeypatch.setattr(sys, "argv", [cli.__file__])
     assert cli.how_to_call().endswith("python -m serve.cli")
+
+
+@pytest.mark.parametrize("endpoint", ["", "nonsense", "http://127.0.0.1:8001", "host:port", ":8001"])
+def test_an_endpoint_is_a_host_and_a_port(run, endpoint):
+    result = run("generate", "x", "--endpoint", endpoint)
+    assert result.exit_code == 1
+    assert "--endpoint must be HOST:PORT" in result.stderr
+
+
+def test_a_prompt_of_broken_bytes_is_refused(run):
+    result = run("generate", "\udcff", "--endpoint", "127.0.0.1:1")
+    assert result.exit_code == 1
+    assert "must be valid UTF-8" in result.stderr

@@ -126,3 +126,10 @@ def test_infinite_numbers_are_refused(field):
                 ServerConfig(**{field: value})
     else:
         assert settings.type_name(settings.field_types()[field])
+
+
+def test_a_yaml_key_is_a_name(tmp_path):
+    path = tmp_path / "server.yaml"
+    path.write_text("? [a]\n: toy\n")
+    with pytest.raises(ConfigError, match=r"server.yaml:1: a key must be a name"):
+        settings.read_yaml(path)
