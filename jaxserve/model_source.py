@@ -10,7 +10,7 @@ from typing import Any
 
 from jaxserve.checkpoints import directory, hub
 from jaxserve.errors import ConfigError
-from jaxserve.models.weights import flatten, unflatten
+from jaxserve.models.weights import flatten
 from jaxserve.tokenization.ascii_tokenizer import AsciiTokenizer
 from jaxserve.tokenization.loading import load_tokenizer
 from jaxserve.tokenization.tokenizer import Tokenizer
@@ -113,11 +113,6 @@ def canonical_leaves(params: Any) -> dict[str, Any]:
         if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
             raise ConfigError(f"params: {path} must be an array, got {type(leaf).__name__}.")
     return leaves
-
-
-def canonical_tree(params: Any) -> dict[str, Any]:
-    """Returns the nested dict of the same."""
-    return unflatten(canonical_leaves(params))
 
 
 def _tokenizer(tokenizer: str | Tokenizer | None) -> Tokenizer | None:

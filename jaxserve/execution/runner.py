@@ -7,7 +7,7 @@ flight never did).
 
 import functools
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -172,7 +172,7 @@ class Runner:
             if details is None or s.num_logprobs < 0:
                 result[s.request_id] = SampledToken(tokens[index])
             else:
-                result[s.request_id] = next_detail(details, tokens[index], index, s.num_logprobs)
+                result[s.request_id] = _with_logprobs(details, tokens[index], index, s.num_logprobs)
         return StepResult(handle.step, result, frozenset(nonfinite))
 
     def _details(self, handle: StepHandle) -> tuple[np.ndarray, ...]:
@@ -184,16 +184,8 @@ class Runner:
         """Returns all that stays on the devices: parameters and state. To be looked at, never kept."""
         return self._params, self._state
 
-    def memory_report(self) -> dict[str, Any]:
-        """Returns memory_analysis() of each program by name."""
-        named: Iterator[tuple[str, _Program]] = iter(
-            [(f"backbone {b.num_tokens}{' decode' if b.is_decode else ''}", p) for b, p in self._backbones.items()]
-            + [(f"head {n}", p) for n, p in self._heads.items()]
-        )
-        return {name: program.run.memory_analysis() for name, program in named}
 
-
-def next_detail(details: tuple[np.ndarray, ...], token: int, index: int, num_logprobs: int) -> SampledToken:
+def _with_logprobs(details: tuple[np.ndarray, ...], token: int, index: int, num_logprobs: int) -> SampledToken:
     """Returns one row's token with its log-probabilities as plain numbers."""
     logprobs, ranks, top_ids, top_logprobs = (x[index] for x in details)
     top = zip(top_ids[:num_logprobs].tolist(), top_logprobs[:num_logprobs].tolist(), strict=True)
