@@ -26,7 +26,7 @@ XLA:CPU's dots are YNNPACK's, which then takes another routine, with other bits,
 0.10.2 on an AMD EPYC with AVX-512: 32, 80, 96 and 160 columns differ between 48 rows and 56; 64, 128 and 256 never)."""
 
 BLOCK_BYTES = 1 << 20
-"""Keys of one block of decode items: with its values it should stay in a core's caches (0.5 to 2 MiB are alike, 4 MiB is slower)."""
+"""Keys of a block of decode items, which with its values should stay in a core's caches: 0.5 to 2 MiB are alike, 4 slower."""
 
 
 def paged_attention_xla(
