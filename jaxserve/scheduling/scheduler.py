@@ -135,8 +135,10 @@ class Scheduler:
         self._next_step += 1
         self._sampling_in[step] = [s for (s, _), planned in zip(ordered, sequences, strict=True) if planned.samples]
         if self.caches:
+            page_size = self.config.page_size
             for sequence, _ in ordered:
-                self._cache_pages(sequence)
+                if sequence.num_computed >= (sequence.num_pages_cached + 1) * page_size:
+                    self._cache_pages(sequence)
         return StepPlan(step, tuple(admissions), tuple(updates), tuple(sequences))
 
     def _plan_running(self, budget: _Budget, takes: dict[Sequence, int]) -> bool:
@@ -235,12 +237,11 @@ class Scheduler:
         Steps run in order, so any later one may read them.
         """
         num_full = min(sequence.num_computed, sequence.num_known) // self.config.page_size
-        if num_full > sequence.num_pages_cached:
-            keys = page_keys(sequence.token_ids, self.config.page_size, sequence.page_keys)
-            for cache, pages in zip(self.caches, sequence.pages, strict=True):
-                for index in range(sequence.num_pages_cached, num_full):
-                    cache.insert(keys[index], pages[index])
-            sequence.num_pages_cached = num_full
+        keys = page_keys(sequence.token_ids, self.config.page_size, sequence.page_keys)
+        for cache, pages in zip(self.caches, sequence.pages, strict=True):
+            for index in range(sequence.num_pages_cached, num_full):
+                cache.insert(keys[index], pages[index])
+        sequence.num_pages_cached = max(sequence.num_pages_cached, num_full)
 
     def num_cached_tokens_of(self, request_id: str) -> int:
         """Returns how many of a request's prompt tokens the prefix cache spared it, once it has been admitted."""
