@@ -61,6 +61,7 @@ def programs(num_devices):
         split_size=tiling.split_size,
         query_tile=tiling.query_tile,
         max_decode_items=1024,
+        max_cached_pages=0,
         seed=0,
         max_logprobs=20,
         attention_backend="triton",
