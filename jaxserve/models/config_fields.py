@@ -39,3 +39,34 @@ def positive(config: Mapping[str, Any], name: str, default: float | None = None)
     if type(value) not in (int, float) or not 0 < value < math.inf:
         raise ConfigError(f"config.json: {name} must be a finite number above 0, got {value!r}.")
     return float(value)
+
+
+def flag(config: Mapping[str, Any], name: str, default: bool = False) -> bool:
+    """Returns true or false; `default` where the field is absent or null.
+
+    Raises:
+        ConfigError: names the field and what was there.
+    """
+    value = _present(config, name, default)
+    if type(value) is not bool:
+        raise ConfigError(f"config.json: {name} must be true or false, got {value!r}.")
+    return value
+
+
+def one_of(config: Mapping[str, Any], name: str, allowed: tuple[str, ...], default: str) -> str:
+    """Returns one of the words allowed; `default` where the field is absent or null.
+
+    Raises:
+        ConfigError: names the field, the words allowed and what was there.
+    """
+    value = _present(config, name, default)
+    if value not in allowed:
+        raise ConfigError(f"config.json: {name} must be one of {', '.join(allowed)}, got {value!r}.")
+    return value
+
+
+def refuse(config: Mapping[str, Any], *names: str) -> None:
+    """Raises ConfigError where a field is set that would change the numbers: better no tokens than wrong ones."""
+    for name in names:
+        if config.get(name):
+            raise ConfigError(f"config.json: {name} must be absent or false for this family, got {config[name]!r}.")

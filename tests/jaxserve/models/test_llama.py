@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxserve.models.layers import Rope
 from jaxserve.models.registry import family_of, make_model
+from jaxserve.models.rope import Rope
 from jaxserve.testing.tiny_checkpoint import TinyLlama
 
 LLAMA3_SCALING = {
