@@ -1,12 +1,14 @@
 """Fields of a Hugging Face config.json, checked: somebody else wrote that file."""
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 from jaxserve.errors import ConfigError
 
 MAX_COUNT = 2**31 - 1
+
+Number = TypeVar("Number", int, float)
 
 
 def _present(config: Mapping[str, Any], name: str, default: Any) -> Any:
@@ -70,3 +72,22 @@ def refuse(config: Mapping[str, Any], *names: str) -> None:
     for name in names:
         if config.get(name):
             raise ConfigError(f"config.json: {name} must be absent or false for this family, got {config[name]!r}.")
+
+
+def optional(read: Callable[..., Number], config: Mapping[str, Any], name: str, default: Number | None) -> Number | None:
+    """Returns what `count` or `positive` reads; None where the field is null, `default` where it is absent."""
+    if config.get(name) is not None:
+        return read(config, name)
+    return None if name in config else default
+
+
+def section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """Returns an object inside the object; an empty one where it is absent or null.
+
+    Raises:
+        ConfigError: names the field and what was there.
+    """
+    value = config.get(name) or {}
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"config.json: {name} must be an object, got {value!r}.")
+    return value

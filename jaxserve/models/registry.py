@@ -9,6 +9,9 @@ from typing import Any
 
 from jaxserve.errors import ConfigError, UnknownModelError
 from jaxserve.models.decoder import Decoder, ReadConfig, sizes_for
+from jaxserve.models.gemma import read_gemma
+from jaxserve.models.gemma2 import read_gemma2
+from jaxserve.models.gemma3 import read_gemma3
 from jaxserve.models.llama import read_llama
 from jaxserve.models.mistral import read_mistral
 from jaxserve.models.model import Model
@@ -87,6 +90,9 @@ def decoder_family(read: ReadConfig) -> Family:
     return Family(make, lambda config, limit: sizes_for(read(config), limit))
 
 
+register("GemmaForCausalLM", decoder_family(read_gemma))
+register("Gemma2ForCausalLM", decoder_family(read_gemma2))
+register("Gemma3ForCausalLM", decoder_family(read_gemma3))
 register("LlamaForCausalLM", decoder_family(read_llama))
 register("MistralForCausalLM", decoder_family(read_mistral))
 register("Qwen2ForCausalLM", decoder_family(read_qwen2))

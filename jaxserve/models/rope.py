@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxserve.errors import ConfigError
-from jaxserve.models.config_fields import count, flag, one_of, positive
+from jaxserve.models.config_fields import count, flag, one_of, positive, section
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,10 +205,7 @@ class Rope:
         Raises:
             ConfigError: names the field and what is supported.
         """
-        for name in ("rope_scaling", "rope_parameters"):
-            if not isinstance(config.get(name) or {}, Mapping):
-                raise ConfigError(f"config.json: {name} must be an object, got {config[name]!r}.")
-        parameters = config.get("rope_scaling") or config.get("rope_parameters") or {}
+        parameters = section(config, "rope_scaling") or section(config, "rope_parameters")
         return cls.from_parameters(parameters, config, head_dim, positive(config, "rope_theta", 10000.0))
 
     @classmethod

@@ -68,18 +68,19 @@ MODELS = {
         },
         seed=4,
     ),
+    "gemma3, linear in the global layer, soft cap": tiny("gemma3", "linear", seed=5),
 }
 FEATURES = {
     "llama": {"extra_config": BIASES},
     "mistral": {},
     "qwen2": {},
     "qwen3": {"extra_config": {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1}},
+    "gemma": {"extra_config": {"attention_bias": True}},
+    "gemma2": {},
+    "gemma3": {"extra_config": {"attention_bias": True}},
 }
 MATRIX = {
-    f"{family}, {scaling}": tiny(family, scaling, seed=10, **FEATURES.get(family, {}))
-    for family in FAMILIES
-    if family in FEATURES
-    for scaling in SCALINGS
+    f"{family}, {scaling}": tiny(family, scaling, seed=10, **FEATURES[family]) for family in FAMILIES for scaling in SCALINGS
 }
 
 

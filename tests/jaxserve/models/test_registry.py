@@ -14,7 +14,9 @@ CONFIG = TinyLlama().config()
 
 
 def test_an_unknown_architecture_lists_the_known_ones():
-    with pytest.raises(UnknownModelError, match=r"JaxserveToy, LlamaForCausalLM, .*got \['GPT9'\].*register"):
+    with pytest.raises(
+        UnknownModelError, match=r"Gemma2ForCausalLM, .*JaxserveToy, LlamaForCausalLM, .*got \['GPT9'\].*register"
+    ):
         make_model({"architectures": ["GPT9"]})
     with pytest.raises(UnknownModelError):
         make_model({})
