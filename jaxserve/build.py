@@ -165,8 +165,9 @@ def resolve(
     tiling = default_tiling(
         platform,
         num_q_heads=max(1, model.num_heads // parallel.size),
-        num_kv_heads=max(1, specs[0].num_kv_heads // parallel.kv),
-        head_dim=specs[0].head_dim,
+        # One plan of work serves the layers of every group, so its tiles are those of the most demanding.
+        num_kv_heads=max(1, min(spec.num_kv_heads for spec in specs) // parallel.kv),
+        head_dim=max(spec.head_dim for spec in specs),
         page_size=page_size,
     )
     splits = -(-max_model_len // tiling.split_size)

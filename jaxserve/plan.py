@@ -72,6 +72,7 @@ class SequencePlan(NamedTuple):
         samples: whether the token at position start + num_tokens is sampled in this step.
         num_logprobs: most likely tokens to report besides the sampled one; -1 for no log-probabilities at all.
         forbidden: token ids that must not be sampled now (stop tokens before min_tokens).
+        num_prompt_tokens: of the request, however much of it this step computes: some rotary positions depend on it.
     """
 
     request_id: str
@@ -82,6 +83,7 @@ class SequencePlan(NamedTuple):
     samples: bool
     num_logprobs: int = -1
     forbidden: tuple[int, ...] = ()
+    num_prompt_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

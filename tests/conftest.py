@@ -50,6 +50,9 @@ torch, transformers: the oracle of the parity tests is installed on Python 3.11 
 not depend on the interpreter, and it would double the size of the second environment (2026-11-23).
 """
 
+NEAR_TIES = "near_ties"
+"""Property by which a test tells how often a reference could not decide between two tokens; told at the end, passed or not."""
+
 
 class _Ledger:
     """What the run has used up, and what it skipped. One a run, owned by the plugin hooks below."""
@@ -58,6 +61,7 @@ class _Ledger:
         self.seconds: dict[str, float] = defaultdict(float)
         self.num_tests: dict[str, int] = defaultdict(int)
         self.unexpected_skips: list[str] = []
+        self.near_ties: list[str] = []
 
     def package_of(self, path: str) -> str:
         folder = path.removeprefix("tests/")
@@ -89,6 +93,9 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         package = _ledger.package_of(report.location[0])
         _ledger.seconds[package] += report.duration / _crowding()
         _ledger.num_tests[package] += report.when == "call"
+    if report.when == "call":
+        test = report.nodeid.rpartition("/")[2]
+        _ledger.near_ties += [f"{test}: {text}" for name, text in report.user_properties if name == NEAR_TIES]
     if report.skipped and not hasattr(report, "wasxfail"):
         _ledger.note_skip(report.nodeid, _reason(report))
 
@@ -107,6 +114,10 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> Iterator[N
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     over_budget = _ledger.over_budget()
+    if _ledger.near_ties:
+        terminalreporter.section("near ties among greedy tokens")
+        for line in _ledger.near_ties:
+            terminalreporter.line(line)
     terminalreporter.section("time by package (slow tests not counted)")
     for key in sorted(_ledger.seconds):
         mark = "  OVER BUDGET" if key in over_budget else ""

@@ -68,6 +68,7 @@ class StepInputs:
         tokens_T: token ids, or FROM_DEVICE.
         rows_T: row of each token; R for padding.
         positions_T: position of each token; -1 for padding.
+        prompt_lens_T: length of the prompt of each token's sequence; 0 for padding.
         page_updates_U4: (group, row, index, page id) into the block tables; row R for padding.
         sampled_tokens_S, sampled_rows_S: where in T the hidden state of a sampling sequence lies, and its row (R: padding).
         ragged: the attention work.
@@ -76,6 +77,7 @@ class StepInputs:
     tokens_T: jax.Array
     rows_T: jax.Array
     positions_T: jax.Array
+    prompt_lens_T: jax.Array
     page_updates_U4: jax.Array
     sampled_tokens_S: jax.Array
     sampled_rows_S: jax.Array
@@ -90,6 +92,7 @@ def backbone_layout(ladder: Ladder, bucket: BackboneBucket, num_groups: int) -> 
             "tokens_T": Field((num_tokens,)),
             "rows_T": Field((num_tokens,)),
             "positions_T": Field((num_tokens,)),
+            "prompt_lens_T": Field((num_tokens,)),
             "page_updates_U4": Field((num_groups * ladder.num_page_updates(bucket), 4)),
             "sampled_tokens_S": Field((num_sequences,)),
             "sampled_rows_S": Field((num_sequences,)),
@@ -155,6 +158,8 @@ def pack_backbone(
     ends = np.cumsum(lens)
     views["positions_T"][:num_tokens] = np.arange(num_tokens) - np.repeat(ends - lens - starts, lens)
     views["positions_T"][num_tokens:] = -1
+    views["prompt_lens_T"][:num_tokens] = np.repeat([s.num_prompt_tokens for s in sequences], lens)
+    views["prompt_lens_T"][num_tokens:] = 0
 
     updates = views["page_updates_U4"]
     updates[:] = (0, config.max_num_seqs, 0, 0)

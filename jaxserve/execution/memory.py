@@ -17,7 +17,10 @@ ROUND_PAGES_TO = 64
 
 
 def page_bytes(specs: tuple[KVSpec, ...], page_size: int, kv_dtype: str, kv_shards: int) -> int:
-    """Returns what one page id costs on one device over all layers, K and V [bytes]."""
+    """Returns what one page id costs on one device over all layers, K and V [bytes].
+
+    Each group has a pool of its own with as many pages, and a page of a group costs its own layers only: together, all layers.
+    """
     item = np.dtype(jax.numpy.dtype(kv_dtype)).itemsize
     return sum(2 * spec.num_kv_heads // kv_shards * spec.head_dim * page_size * item for spec in specs)
 

@@ -58,6 +58,7 @@ def backbone(
         slots=tuple(_slots(t, inputs.rows_T, inputs.positions_T, num_pages, page_size) for t in block_tables),
         rows_T=inputs.rows_T,
         positions_T=inputs.positions_T,
+        prompt_lens_T=inputs.prompt_lens_T,
         batch=inputs.ragged,
         context=attention,
     )

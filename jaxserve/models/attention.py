@@ -29,6 +29,7 @@ class PagedCache:
         block_tables: one [R, P] a group.
         slots: one [T] a group: page * Z + offset of each token; G * Z for padding.
         rows_T: block-table row of each token; positions_T: its position, -1 for padding.
+        prompt_lens_T: length of the prompt of each token's sequence, for positions that depend on it.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class PagedCache:
         slots: tuple[jax.Array, ...],
         rows_T: jax.Array,
         positions_T: jax.Array,
+        prompt_lens_T: jax.Array,
         batch: RaggedBatch,
         context: AttentionContext,
     ):
@@ -52,6 +54,7 @@ class PagedCache:
         self.slots = slots
         self.rows_T = rows_T
         self.positions_T = positions_T
+        self.prompt_lens_T = prompt_lens_T
         self._batch = batch
         self._context = context
 
@@ -66,7 +69,7 @@ class PagedCache:
             self.slots[self.group_of_layer[layer]],
         )
 
-    def attend(self, layer: int, q_TNH: jax.Array, *, scale: float) -> jax.Array:
+    def attend(self, layer: int, q_TNH: jax.Array, *, scale: float, soft_cap: float | None = None) -> jax.Array:
         """Returns causal attention [T, N, H] of this step's queries over all that their sequences have stored."""
         return paged_attention(
             q_TNH,
@@ -76,6 +79,7 @@ class PagedCache:
             self._batch,
             scale=scale,
             sliding_window=self.specs[layer].window,
+            soft_cap=soft_cap,
             tiling=self._context.tiling,
             backend=self._context.backend,
         )

@@ -1,12 +1,14 @@
 """Fields of a Hugging Face config.json, checked: somebody else wrote that file."""
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 from jaxserve.errors import ConfigError
 
 MAX_COUNT = 2**31 - 1
+
+Number = TypeVar("Number", int, float)
 
 
 def _present(config: Mapping[str, Any], name: str, default: Any) -> Any:
@@ -39,3 +41,53 @@ def positive(config: Mapping[str, Any], name: str, default: float | None = None)
     if type(value) not in (int, float) or not 0 < value < math.inf:
         raise ConfigError(f"config.json: {name} must be a finite number above 0, got {value!r}.")
     return float(value)
+
+
+def flag(config: Mapping[str, Any], name: str, default: bool = False) -> bool:
+    """Returns true or false; `default` where the field is absent or null.
+
+    Raises:
+        ConfigError: names the field and what was there.
+    """
+    value = _present(config, name, default)
+    if type(value) is not bool:
+        raise ConfigError(f"config.json: {name} must be true or false, got {value!r}.")
+    return value
+
+
+def one_of(config: Mapping[str, Any], name: str, allowed: tuple[str, ...], default: str) -> str:
+    """Returns one of the words allowed; `default` where the field is absent or null.
+
+    Raises:
+        ConfigError: names the field, the words allowed and what was there.
+    """
+    value = _present(config, name, default)
+    if value not in allowed:
+        raise ConfigError(f"config.json: {name} must be one of {', '.join(allowed)}, got {value!r}.")
+    return value
+
+
+def refuse(config: Mapping[str, Any], *names: str) -> None:
+    """Raises ConfigError where a field is set that would change the numbers: better no tokens than wrong ones."""
+    for name in names:
+        if config.get(name):
+            raise ConfigError(f"config.json: {name} must be absent or false for this family, got {config[name]!r}.")
+
+
+def optional(read: Callable[..., Number], config: Mapping[str, Any], name: str, default: Number | None) -> Number | None:
+    """Returns what `count` or `positive` reads; None where the field is null, `default` where it is absent."""
+    if config.get(name) is not None:
+        return read(config, name)
+    return None if name in config else default
+
+
+def section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """Returns an object inside the object; an empty one where it is absent or null.
+
+    Raises:
+        ConfigError: names the field and what was there.
+    """
+    value = config.get(name) or {}
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"config.json: {name} must be an object, got {value!r}.")
+    return value

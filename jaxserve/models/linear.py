@@ -21,15 +21,22 @@ class LinearContext:
     platform: str
 
 
-def linear(x: jax.Array, weight: jax.Array, ctx: LinearContext, *, transposed: bool = False) -> jax.Array:
-    """Returns x @ weight in x's dtype, summed in float32.
+def linear(
+    x: jax.Array, weight: jax.Array, ctx: LinearContext, *, transposed: bool = False, bias: jax.Array | None = None
+) -> jax.Array:
+    """Returns x @ weight + bias in x's dtype, summed in float32.
 
     Args:
         x: [T, in].
         weight: [in, out], or [out, in] when `transposed` (a tied embedding table).
         ctx: the platform.
+        transposed: see `weight`.
+        bias: [out], or None.
     """
-    return linear_f32(x, weight, ctx, transposed=transposed).astype(x.dtype)
+    sums = linear_f32(x, weight, ctx, transposed=transposed)
+    if bias is not None:
+        sums = sums + bias.astype(jnp.float32)[None, :]
+    return sums.astype(x.dtype)
 
 
 def linear_f32(x: jax.Array, weight: jax.Array, ctx: LinearContext, *, transposed: bool = False) -> jax.Array:

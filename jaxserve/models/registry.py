@@ -8,9 +8,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxserve.errors import ConfigError, UnknownModelError
-from jaxserve.models.llama import Llama
+from jaxserve.models.decoder import Decoder, ReadConfig, sizes_for
+from jaxserve.models.gemma import read_gemma
+from jaxserve.models.gemma2 import read_gemma2
+from jaxserve.models.gemma3 import read_gemma3
+from jaxserve.models.llama import read_llama
+from jaxserve.models.mistral import read_mistral
 from jaxserve.models.model import Model
+from jaxserve.models.qwen2 import read_qwen2
+from jaxserve.models.qwen3 import read_qwen3
 from jaxserve.models.toy import Toy
+from sharding.mesh import TensorParallelism
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,5 +80,21 @@ def make_model(config: Mapping[str, Any], *, tensor_parallel_size: int = 1, dtyp
     return family.make(config, tensor_parallel_size, dtype)
 
 
-register("LlamaForCausalLM", Family(Llama.from_huggingface, Llama.sizes_for))
+def decoder_family(read: ReadConfig) -> Family:
+    """Returns the family of decoders whose switches `read` takes from a config.json."""
+
+    def make(config: Mapping[str, Any], size: int, dtype: Any) -> Decoder:
+        parsed = read(config)
+        return Decoder(parsed, TensorParallelism.of(size, parsed.num_kv_heads), dtype)
+
+    return Family(make, lambda config, limit: sizes_for(read(config), limit))
+
+
+register("GemmaForCausalLM", decoder_family(read_gemma))
+register("Gemma2ForCausalLM", decoder_family(read_gemma2))
+register("Gemma3ForCausalLM", decoder_family(read_gemma3))
+register("LlamaForCausalLM", decoder_family(read_llama))
+register("MistralForCausalLM", decoder_family(read_mistral))
+register("Qwen2ForCausalLM", decoder_family(read_qwen2))
+register("Qwen3ForCausalLM", decoder_family(read_qwen3))
 register("JaxserveToy", Family(Toy.from_huggingface, Toy.sizes_for))

@@ -316,6 +316,7 @@ class Scheduler:
             samples=samples,
             num_logprobs=-1 if sampling.logprobs is None else sampling.logprobs,
             forbidden=tuple(sorted(sequence.request.stop_token_ids)) if is_stop_forbidden else (),
+            num_prompt_tokens=sequence.num_prompt_tokens,
         )
 
     # --- commit -----------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Tiny random Llama directories as Hugging Face would write them, for tests: numpy alone, the same bits for the same seed.
+"""Tiny random model directories as Hugging Face would write them, for tests: numpy alone, the same bits for the same seed.
 
 Weights are scaled so that greedy tokens differ from place to place (a too small model repeats one token, which hides
 mistakes). Knows file formats only. Holds no state.
@@ -18,6 +18,7 @@ from safetensors.numpy import save_file
 _EMBEDDING_SCALE = 0.4
 _MATRIX_GAIN = 2.5  # times 1 / sqrt(fan in)
 _NORM_SPREAD = 0.1
+_BIAS_SCALE = 0.5
 
 _DTYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 
@@ -43,10 +44,61 @@ CHAT_TEMPLATE = (
 
 
 @dataclass(frozen=True, slots=True)
-class TinyLlama:
+class _Family:
+    """How a family's config.json and tensors differ from a Llama's.
+
+    Attributes:
+        fields: of config.json; every switch of the family is on.
+        is_gemma: norms hold their distance from 1, and there are four of them a layer but in the first version.
+    """
+
+    architecture: str
+    model_type: str
+    fields: Mapping[str, Any]
+    has_qk_norm: bool = False
+    has_post_norms: bool = False
+    is_gemma: bool = False
+
+
+_GEMMA2_FIELDS = {
+    "hidden_activation": "gelu_pytorch_tanh",
+    "query_pre_attn_scalar": 24,
+    "sliding_window": 24,
+    "final_logit_softcapping": 15.0,
+}
+_FAMILIES = {
+    "llama": _Family("LlamaForCausalLM", "llama", {"attention_bias": False, "mlp_bias": False}),
+    "mistral": _Family("MistralForCausalLM", "mistral", {"sliding_window": 24}),
+    "qwen2": _Family(
+        "Qwen2ForCausalLM", "qwen2", {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1}
+    ),
+    "qwen3": _Family("Qwen3ForCausalLM", "qwen3", {"attention_bias": True}, has_qk_norm=True),
+    "gemma": _Family("GemmaForCausalLM", "gemma", {"hidden_act": "gelu_pytorch_tanh"}, is_gemma=True),
+    "gemma2": _Family(
+        "Gemma2ForCausalLM",
+        "gemma2",
+        _GEMMA2_FIELDS | {"attn_logit_softcapping": 10.0},
+        has_post_norms=True,
+        is_gemma=True,
+    ),
+    "gemma3": _Family(
+        "Gemma3ForCausalLM",
+        "gemma3_text",
+        _GEMMA2_FIELDS | {"sliding_window_pattern": 2, "rope_theta": 100000.0, "rope_local_base_freq": 1000.0},
+        has_qk_norm=True,
+        has_post_norms=True,
+        is_gemma=True,
+    ),
+}
+FAMILIES = tuple(_FAMILIES)
+
+
+@dataclass(frozen=True, slots=True)
+class TinyModel:
     """The shape of one tiny model; defaults make about 150,000 parameters.
 
     Attributes:
+        family: one of FAMILIES.
         dtype: "float32", "bfloat16" or "float16".
         num_shards: files to spread the tensors over; 1 writes `model.safetensors`.
         tokenizer: "bytes" (a tokenizer.json with the vocabulary size asked for, at least 260), "sentencepiece"
@@ -54,6 +106,7 @@ class TinyLlama:
         extra_config: fields to add to config.json, or to replace.
     """
 
+    family: str = "llama"
     hidden_size: int = 64
     num_layers: int = 2
     num_heads: int = 4
@@ -72,9 +125,10 @@ class TinyLlama:
 
     def config(self) -> dict[str, Any]:
         """Returns config.json."""
+        family = _FAMILIES[self.family]
         config = {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
+            "architectures": [family.architecture],
+            "model_type": family.model_type,
             "hidden_size": self.hidden_size,
             "intermediate_size": self.intermediate_size,
             "num_hidden_layers": self.num_layers,
@@ -87,55 +141,64 @@ class TinyLlama:
             "rope_theta": 10000.0,
             "rope_scaling": dict(self.rope_scaling) if self.rope_scaling else None,
             "hidden_act": "silu",
-            "attention_bias": False,
-            "mlp_bias": False,
             "tie_word_embeddings": self.is_tied,
             "bos_token_id": 1,
             "eos_token_id": 2,
             "pad_token_id": 0,
             "torch_dtype": self.dtype,
         }
-        return config | dict(self.extra_config)
+        return config | dict(family.fields) | dict(self.extra_config)
 
     def tensors(self) -> dict[str, np.ndarray]:
         """Returns {Hugging Face name: tensor}, matrices [out, in]."""
         generator = np.random.default_rng(self.seed)
         dtype = _DTYPES[self.dtype]
+        family, config = _FAMILIES[self.family], self.config()
+        has_bias = bool(config.get("attention_bias"))
+        tensors: dict[str, np.ndarray] = {}
 
-        def matrix(num_out: int, num_in: int) -> np.ndarray:
-            return (generator.standard_normal((num_out, num_in)) * _MATRIX_GAIN / num_in**0.5).astype(dtype)
+        def matrix(name: str, num_out: int, num_in: int, has_bias: bool = False) -> None:
+            weight = generator.standard_normal((num_out, num_in)) * _MATRIX_GAIN / num_in**0.5
+            tensors[f"{name}.weight"] = weight.astype(dtype)
+            if has_bias:
+                tensors[f"{name}.bias"] = (_BIAS_SCALE * generator.standard_normal(num_out)).astype(dtype)
 
-        def norm() -> np.ndarray:
-            return (1 + _NORM_SPREAD * generator.standard_normal(self.hidden_size)).astype(dtype)
+        def norm(name: str, size: int = self.hidden_size) -> None:
+            middle = 0 if family.is_gemma else 1
+            tensors[f"{name}.weight"] = (middle + _NORM_SPREAD * generator.standard_normal(size)).astype(dtype)
 
         embedding = generator.standard_normal((self.vocab_size, self.hidden_size)) * _EMBEDDING_SCALE
-        tensors = {"model.embed_tokens.weight": embedding.astype(dtype)}
+        tensors["model.embed_tokens.weight"] = embedding.astype(dtype)
         q_width, kv_width = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         for index in range(self.num_layers):
             layer = f"model.layers.{index}"
-            tensors[f"{layer}.input_layernorm.weight"] = norm()
-            tensors[f"{layer}.self_attn.q_proj.weight"] = matrix(q_width, self.hidden_size)
-            tensors[f"{layer}.self_attn.k_proj.weight"] = matrix(kv_width, self.hidden_size)
-            tensors[f"{layer}.self_attn.v_proj.weight"] = matrix(kv_width, self.hidden_size)
-            tensors[f"{layer}.self_attn.o_proj.weight"] = matrix(self.hidden_size, q_width)
-            tensors[f"{layer}.post_attention_layernorm.weight"] = norm()
-            tensors[f"{layer}.mlp.gate_proj.weight"] = matrix(self.intermediate_size, self.hidden_size)
-            tensors[f"{layer}.mlp.up_proj.weight"] = matrix(self.intermediate_size, self.hidden_size)
-            tensors[f"{layer}.mlp.down_proj.weight"] = matrix(self.hidden_size, self.intermediate_size)
-        tensors["model.norm.weight"] = norm()
-        if not self.is_tied:
-            tensors["lm_head.weight"] = matrix(self.vocab_size, self.hidden_size)
+            norm(f"{layer}.input_layernorm")
+            for name, width in (("q", q_width), ("k", kv_width), ("v", kv_width)):
+                matrix(f"{layer}.self_attn.{name}_proj", width, self.hidden_size, has_bias or self.family == "qwen2")
+            matrix(f"{layer}.self_attn.o_proj", self.hidden_size, q_width, has_bias)
+            if family.has_qk_norm:
+                norm(f"{layer}.self_attn.q_norm", self.head_dim)
+                norm(f"{layer}.self_attn.k_norm", self.head_dim)
+            norm(f"{layer}.post_attention_layernorm")
+            if family.has_post_norms:
+                norm(f"{layer}.pre_feedforward_layernorm")
+                norm(f"{layer}.post_feedforward_layernorm")
+            has_mlp_bias = bool(config.get("mlp_bias"))
+            matrix(f"{layer}.mlp.gate_proj", self.intermediate_size, self.hidden_size, has_mlp_bias)
+            matrix(f"{layer}.mlp.up_proj", self.intermediate_size, self.hidden_size, has_mlp_bias)
+            matrix(f"{layer}.mlp.down_proj", self.hidden_size, self.intermediate_size, has_mlp_bias)
+        norm("model.norm")
+        if not config["tie_word_embeddings"]:
+            matrix("lm_head", self.vocab_size, self.hidden_size)
         return tensors
 
 
-def write_tiny_llama(path: str | Path, model: TinyLlama | None = None, **fields: Any) -> Path:
-    """Writes a model directory and returns its path.
+TinyLlama = TinyModel
+"""The default family under its own name."""
 
-    Args:
-        path: created if needed.
-        model: the shape; or give its `fields` by name.
-    """
-    model = model or TinyLlama(**fields)
+
+def write_tiny(path: str | Path, model: TinyModel) -> Path:
+    """Writes a model directory, created if needed, and returns its path."""
     root = Path(path)
     root.mkdir(parents=True, exist_ok=True)
     (root / "config.json").write_text(json.dumps(model.config(), indent=2) + "\n")
@@ -148,6 +211,11 @@ def write_tiny_llama(path: str | Path, model: TinyLlama | None = None, **fields:
     for name, data in tokenizer_files(model.tokenizer, model.vocab_size).items():
         (root / name).write_bytes(data)
     return root
+
+
+def write_tiny_llama(path: str | Path, model: TinyModel | None = None, **fields: Any) -> Path:
+    """Writes a Llama's directory and returns its path: `model`, or one of these `fields` by name."""
+    return write_tiny(path, model or TinyModel(**fields))
 
 
 def _write_shards(root: Path, tensors: dict[str, np.ndarray], num_shards: int) -> None:

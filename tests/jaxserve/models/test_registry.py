@@ -14,7 +14,9 @@ CONFIG = TinyLlama().config()
 
 
 def test_an_unknown_architecture_lists_the_known_ones():
-    with pytest.raises(UnknownModelError, match=r"JaxserveToy, LlamaForCausalLM, got \['GPT9'\].*register"):
+    with pytest.raises(
+        UnknownModelError, match=r"Gemma2ForCausalLM, .*JaxserveToy, LlamaForCausalLM, .*got \['GPT9'\].*register"
+    ):
         make_model({"architectures": ["GPT9"]})
     with pytest.raises(UnknownModelError):
         make_model({})
@@ -32,7 +34,7 @@ def test_a_missing_field_is_named(field):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"attention_bias": True}, "attention_bias must be absent or false"),
+        ({"attention_bias": "yes"}, "attention_bias must be true or false, got 'yes'"),
         ({"sliding_window": 4}, "sliding_window must be absent or false"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config must be absent"),
         ({"rms_norm_eps": "x"}, "rms_norm_eps must be a finite number above 0, got 'x'"),
@@ -42,9 +44,17 @@ def test_a_missing_field_is_named(field):
         ({"max_position_embeddings": 0}, "max_position_embeddings must be"),
         ({"rope_scaling": 3}, "rope_scaling must be an object"),
         ({"architectures": 5}, r"got \[5\]"),
-        ({"hidden_act": "gelu"}, "hidden_act must be 'silu'"),
+        ({"hidden_act": "gelu"}, "hidden_act must be one of silu, got 'gelu'"),
         ({"num_key_value_heads": 3}, "must be a multiple"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "one of default, llama3, got 'yarn'"),
+        ({"rope_scaling": {"type": "su"}}, "rope_type must be one of default, linear, dynamic, llama3, yarn, got 'su'"),
+        ({"rope_scaling": {"rope_type": ["yarn"]}}, r"rope_type must be one of .*got \['yarn'\]"),
+        ({"rope_scaling": {"rope_type": "dynamic"}}, "lacks 'factor'"),
+        ({"rope_scaling": {"full_attention": {}}}, "rope_parameters by layer type belong to another family"),
+        ({"rope_theta": 0.5}, "rope_theta must be above 1"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor must be absent or 1 for this family, got 0.5"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.25}}, "partial_rotary_factor .*got 0.25"),
+        ({"head_dim": 15}, "head_dim must be even for rotary positions.*got 15"),
+        ({"layer_types": ["full_attention"] * 2}, "layer_types must be absent"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "lacks 'low_freq_factor'"),
     ],
 )
@@ -63,8 +73,8 @@ def test_both_spellings_of_rope():
     }
     old = make_model(CONFIG | {"rope_theta": 5e5, "rope_scaling": scaling})
     new = make_model({**CONFIG, "rope_theta": None, "rope_scaling": None, "rope_parameters": scaling | {"rope_theta": 5e5}})
-    assert old.config.rope == new.config.rope
-    assert old.config.rope.theta == 5e5
+    assert old.config.ropes == new.config.ropes
+    assert old.config.ropes[0].theta == 5e5
 
 
 class Contrary(Toy):
