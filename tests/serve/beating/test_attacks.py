@@ -65,7 +65,7 @@ def calm(server, beating):
     """Runs an attack beside 16 streams, which must come out as they are without it; memory must stay where it was."""
 
     def run(attack, slack_mb=beating.MEMORY_SLACK_MB):
-        asked = [(f"calm {i}", 300) for i in range(16)]
+        asked = [(f"calm {i}", 200) for i in range(16)]
         server.pace(0.005)
         server.forget_peak()
         before_mb = server.memory_mb()

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.timeout(180)
 ANSWER_S = 0.1
 """Within which each is answered: the issue's own figure [s]."""
 
-NUM_TRIES = 8
+NUM_TRIES = 5
 """Of each request; the fastest answer counts, because this process and others take the processor away from the server."""
 
 MB = 2**20
@@ -90,7 +90,7 @@ async def answer(method, data):
 async def quickest(method, data, expected):
     """The shortest time of several tries [s]; every one of them must be as expected."""
     times = []
-    while len(times) < NUM_TRIES and min(times, default=math.inf) > ANSWER_S / 2:
+    while len(times) < NUM_TRIES and min(times, default=math.inf) > ANSWER_S:
         *said, took_s = await answer(method, data)
         assert said == expected
         times.append(took_s)

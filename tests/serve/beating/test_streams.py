@@ -24,9 +24,8 @@ def texts_of(beating, asked):
     return [beating.continuation(*request) for request in asked]
 
 
-async def read_rest(call):
-    """The text that is left of a stream, and its code."""
-    text = ""
+async def read_rest(call, text):
+    """A stream's text, after what was read of it, and its code."""
     try:
         while (message := await call.read()) is not grpc.aio.EOF:
             text += message.text
@@ -82,11 +81,9 @@ def test_the_kill_of_a_client_with_half_of_64_streams(server, beating):
 
 
 async def stalled_streams(ask, stub, num_streams, max_tokens):
-    """Streams of large messages whose reader stops after the first one."""
+    """Streams of large messages whose reader stops after the first one, each with the text of that."""
     calls = [stub.Generate(ask(f"stalled {i}", max_tokens, logprobs=20)) for i in range(num_streams)]
-    for call in calls:
-        await call.read()
-    return calls
+    return [(call, (await call.read()).text) for call in calls]
 
 
 def test_readers_that_stall_are_ended_and_nobody_waits_for_them(server, beating):
@@ -100,13 +97,13 @@ def test_readers_that_stall_are_ended_and_nobody_waits_for_them(server, beating)
             stalled = await stalled_streams(beating.ask, slow, 4, 1900)
             texts = await beating.streams(stub, asked)
             await asyncio.to_thread(server.assert_idle_within, 20)  # while the stalled have still read nothing
-            return texts, [await read_rest(call) for call in stalled]
+            return texts, [await read_rest(*stream) for stream in stalled]
 
     texts, ends = asyncio.run(body())
     assert texts == texts_of(beating, asked)
     for i, (text, code) in enumerate(ends):
         assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
-        whole = beating.continuation(f"stalled {i}", 1900)[1:]  # its first token was read
+        whole = beating.continuation(f"stalled {i}", 1900)
         assert whole.startswith(text)
         assert len(text) < len(whole)
     assert server.memory_mb("VmHWM") - before_mb < beating.MEMORY_SLACK_MB
@@ -144,10 +141,10 @@ def test_a_reader_that_stalls_30_seconds(start_server, beating):
             stopped_s = time.monotonic()
             beside = asyncio.create_task(asyncio.to_thread(rate, stopped_s + STALL_S + 2))
             await asyncio.sleep(20)
-            resumed = await read_rest(resumes)
+            resumed = await read_rest(*resumes)
             beside = await beside
             await asyncio.to_thread(server.assert_idle_within, 5)  # it still has read nothing
-            return resumed, await read_rest(never), beside
+            return resumed, await read_rest(*never), beside
 
     with server.client([("stopped", 1900)]) as (process, lines):
         assert json.loads(lines.next()) == {"started": 1}
@@ -155,9 +152,9 @@ def test_a_reader_that_stalls_30_seconds(start_server, beating):
         (resumed, resumed_code), (never, never_code), beside = asyncio.run(body())
         process.send_signal(signal.SIGCONT)
         said = json.loads(lines.next())
-    assert (resumed_code, resumed) == (grpc.StatusCode.OK, beating.continuation("stalled 1", 1900)[1:])
+    assert (resumed_code, resumed) == (grpc.StatusCode.OK, beating.continuation("stalled 1", 1900))
     assert never_code is grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert beating.continuation("stalled 0", 1900)[1:].startswith(never)
+    assert beating.continuation("stalled 0", 1900).startswith(never)
     # 1900 small messages fit into what the transport takes by itself: nothing of it was lost while it slept
     assert (said["codes"], said["texts"]) == (["OK"], [beating.continuation("stopped", 1900)])
     assert beside > 0.5 * alone, f"{beside:.0f} tokens/s beside a stalled reader, {alone:.0f} alone"
