@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 import grpc
-from google.protobuf.descriptor import ServiceDescriptor
+from google.protobuf.descriptor import Descriptor, ServiceDescriptor
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
 from grpc_status import rpc_status
@@ -46,15 +46,17 @@ def add_guarded(servicer: object, service: ServiceDescriptor, server: grpc.aio.S
 def _tolerant(
     message: type[Message], max_bytes: Mapping[str, int]
 ) -> Callable[[bytes], Message | InvalidRequestError | MalformedRequestError]:
+    descriptor: Descriptor = message.DESCRIPTOR  # pyright: ignore[reportAssignmentType]  upb's twin of it
+
     def parse(data: bytes) -> Message | InvalidRequestError | MalformedRequestError:
         try:
-            wire.check_sizes(message.DESCRIPTOR, data, max_bytes)
+            wire.check_sizes(descriptor, data, max_bytes)
             return message.FromString(data)
         except InvalidRequestError as error:
             return error
         except DecodeError:
-            return wire.fault(message.DESCRIPTOR, data) or MalformedRequestError(
-                f"{len(data)} bytes that are no {message.DESCRIPTOR.full_name}: cut off, or nested too deeply."
+            return wire.fault(descriptor, data) or MalformedRequestError(
+                f"{len(data)} bytes that are no {descriptor.full_name}: cut off, or nested too deeply."
             )
 
     return parse

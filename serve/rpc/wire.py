@@ -68,13 +68,14 @@ def fault(message: Descriptor, data: bytes | memoryview, prefix: str = "") -> In
         declared = message.fields_by_number.get(field.number)
         if count == MAX_FIELDS:
             return None
-        kinds = (FieldDescriptor.TYPE_STRING, FieldDescriptor.TYPE_MESSAGE)
-        if declared is None or field.payload is None or declared.type not in kinds:
+        if declared is None or field.payload is None:
+            continue
+        if declared.type != FieldDescriptor.TYPE_STRING and declared.message_type is None:
             continue
         path = prefix + declared.name
         if len(field.payload) < field.num_bytes:
             return InvalidRequestError(path, f"{len(field.payload)} of {field.num_bytes} bytes", "complete")
-        if declared.type == FieldDescriptor.TYPE_STRING:
+        if declared.message_type is None:
             found = _not_utf8(path, field.payload)
         else:
             found = fault(declared.message_type, field.payload, f"{path}.")

@@ -8,11 +8,16 @@ import time
 import grpc
 import pytest
 
+from jaxserve.testing.tiny_checkpoint import write_tiny_llama
+
 pytestmark = pytest.mark.timeout(180)
 
 NUM_STREAMS = 64
 STALL_S = 30.0
 """The issue's own figure, and the default of --write-timeout-s [s]."""
+
+FILL_S = 20.0
+"""For the engine to make the 130 kB or so that the transport takes before the server's writes wait [s]."""
 
 
 def requests(word, num_streams=NUM_STREAMS):
@@ -109,52 +114,78 @@ def test_readers_that_stall_are_ended_and_nobody_waits_for_them(server, beating)
     assert server.memory_mb("VmHWM") - before_mb < beating.MEMORY_SLACK_MB
 
 
+async def longest_gap(stub, beating, until_s):
+    """Streams short requests, one after another; the longest time between two messages [s]. Each text must be right."""
+    number, gap_s, last_s = 0, 0.0, time.monotonic()
+    while time.monotonic() < until_s:
+        text = ""
+        async for message in stub.Generate(beating.ask(f"bystander {number}", 100)):
+            gap_s, last_s = max(gap_s, time.monotonic() - last_s), time.monotonic()
+            text += message.text
+        assert text == beating.continuation(f"bystander {number}", 100)
+        number += 1
+    return gap_s
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_a_reader_that_stalls_30_seconds(start_server, beating):
+def test_readers_that_stall_30_seconds(start_server, beating):
     """With the defaults of 30 s and 4096 tokens. One never reads again, one reads again after 20 s, one is a process that is
-    stopped for 30 s; and all the while, one after another, bystanders are served at the rate they have without."""
-    server = start_server()
-    server.pace(0.005)
-
-    def rate(until_s):
-        """Tokens a second of a lone bystander, again and again; each text is right."""
-        num_tokens, started_s = 0, time.monotonic()
-
-        async def body():
-            async with server.stub() as stub:
-                number = 0
-                while time.monotonic() < until_s or not number:
-                    prompt, number = f"bystander {number}", number + 1
-                    [text] = await beating.streams(stub, [(prompt, 200)])
-                    assert text == beating.continuation(prompt, 200)
-                return number * 200
-
-        num_tokens = asyncio.run(body())
-        return num_tokens / (time.monotonic() - started_s)
-
-    alone = rate(time.monotonic() + 3)
+    stopped for 30 s; the engine waits for none of them, as a bystander's tokens show."""
+    server = start_server(num_pages=600)
+    server.pace(0.002)
 
     async def body():
-        async with server.stub(*beating.SLOW_READER) as slow:
+        async with server.stub(*beating.SLOW_READER) as slow, server.stub() as stub:
             never, resumes = await stalled_streams(beating.ask, slow, 2, 1900)
-            stopped_s = time.monotonic()
-            beside = asyncio.create_task(asyncio.to_thread(rate, stopped_s + STALL_S + 2))
+            beside = asyncio.create_task(longest_gap(stub, beating, time.monotonic() + STALL_S + FILL_S))
             await asyncio.sleep(20)
             resumed = await read_rest(*resumes)
-            beside = await beside
-            await asyncio.to_thread(server.assert_idle_within, 5)  # it still has read nothing
-            return resumed, await read_rest(*never), beside
+            gap_s = await beside
+            await asyncio.to_thread(server.assert_idle_within, 10)  # it still has read nothing
+            return resumed, await read_rest(*never), gap_s
 
     with server.client([("stopped", 1900)]) as (process, lines):
         assert json.loads(lines.next()) == {"started": 1}
         process.send_signal(signal.SIGSTOP)
-        (resumed, resumed_code), (never, never_code), beside = asyncio.run(body())
+        (resumed, resumed_code), (never, never_code), gap_s = asyncio.run(body())
         process.send_signal(signal.SIGCONT)
         said = json.loads(lines.next())
     assert (resumed_code, resumed) == (grpc.StatusCode.OK, beating.continuation("stalled 1", 1900))
     assert never_code is grpc.StatusCode.RESOURCE_EXHAUSTED
     assert beating.continuation("stalled 0", 1900).startswith(never)
-    # 1900 small messages fit into what the transport takes by itself: nothing of it was lost while it slept
+    # 1900 small messages fit into what the transport takes by itself: nothing of it was lost while the process was stopped.
     assert (said["codes"], said["texts"]) == (["OK"], [beating.continuation("stopped", 1900)])
-    assert beside > 0.5 * alone, f"{beside:.0f} tokens/s beside a stalled reader, {alone:.0f} alone"
+    assert gap_s < STALL_S / 3
+
+
+@pytest.mark.slow
+def test_a_model_with_arithmetic_answers_64_streams_as_it_answers_each_alone(start_server, beating, tmp_path):
+    """A tiny Llama with a pool for a tenth of them, and a client with 32 others that is killed among them."""
+    model = write_tiny_llama(tmp_path / "llama", vocab_size=320, tokenizer="bytes")
+    server = start_server(model=model, max_model_len=256, num_pages=40)
+    prompts = [f"stream {i} " + "the quick brown fox " * (i % 4) for i in range(64)]
+
+    async def tokens_of(stub, prompt):
+        call = stub.Generate(beating.ask(prompt, 60, ignore_eos=True))
+        return [token for message in [m async for m in call] for token in message.token_ids]
+
+    async def body():
+        async with server.stub() as stub:
+            alone = [await tokens_of(stub, prompt) for prompt in prompts]
+            preemptions = server.stats()["num_preemptions"]
+            with server.client([(f"lost {i}", 200) for i in range(32)]) as (doomed, lines):
+                assert json.loads(await asyncio.to_thread(lines.next))["started"] == 1
+                together = asyncio.gather(*(tokens_of(stub, prompt) for prompt in prompts))
+                while server.stats()["num_waiting"] < 64:
+                    await asyncio.sleep(0.01)
+                doomed.kill()
+                together = await together
+            return alone, together, server.stats()["num_preemptions"] - preemptions
+
+    alone, together, num_preemptions = asyncio.run(body())
+    assert {len(tokens) for tokens in alone} == {60}
+    assert len({tuple(tokens) for tokens in alone}) > 32, "answers that do not depend on the prompt prove nothing"
+    assert together == alone
+    assert num_preemptions > 0
+    server.assert_idle_within()
