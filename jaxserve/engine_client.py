@@ -22,6 +22,7 @@ class EngineStats:
         num_free_pages: of num_pages; free ones may still hold what the prefix cache knows.
         num_cached_tokens: prompt tokens that the prefix cache spared requests, of num_prompt_tokens.
         num_compilations_since_ready: by jax's own events; anything but 0 is a bug.
+        stalled_s: since a step was last finished, while there is work [s]; 0 when idle. Grows without end where a step hangs.
     """
 
     num_running: int = 0
@@ -34,6 +35,7 @@ class EngineStats:
     num_cached_tokens: int = 0
     num_generated_tokens: int = 0
     num_compilations_since_ready: int = 0
+    stalled_s: float = 0.0
     is_alive: bool = True
     is_draining: bool = False
 
@@ -64,6 +66,10 @@ class EngineClient(Protocol):
         """Refuses new requests and waits until the running ones are done; returns whether they are."""
         ...
 
+    def abandon(self, reason: str) -> None:
+        """Gives up an engine whose step does not return: everybody who waits gets EngineDeadError, and nobody waits again."""
+        ...
+
     def close(self) -> None:
-        """Aborts what runs and ends the thread."""
+        """Aborts what runs and ends the thread; one that was abandoned is left alone."""
         ...

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -48,10 +49,13 @@ class EngineThread:
         self._stats = engine.stats()
         self._is_draining = False
         self._is_closed = False
+        self._is_abandoned = False
         self._error: BaseException | None = None
+        self._last_words = ""
         self._gate = threading.Lock()  # between submit's check and the thread's end
         self._idle = threading.Event()
         self._idle.set()
+        self._progressed_s = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="jaxserve-engine", daemon=True)
         self._thread.start()
         self._num_compilations_at_ready = num_compilations(self._thread)  # a thread's ident may have been another's before
@@ -61,10 +65,12 @@ class EngineThread:
     def submit(self, request: Request, listener: Listener) -> None:
         with self._gate:
             if self._error is not None:
-                raise EngineDeadError("The engine has stopped after an error; start a new one.") from self._error
+                raise EngineDeadError(self._last_words) from self._error
             if self._is_draining or self._is_closed:
                 raise DrainingError("The engine is shutting down and takes no new requests.")
-            self._idle.clear()
+            if self._idle.is_set():
+                self._progressed_s = time.monotonic()
+                self._idle.clear()
             self._inbox.put(_Submit(request, listener))
 
     def abort(self, request_ids: Iterable[str]) -> None:
@@ -77,6 +83,7 @@ class EngineThread:
         return dataclasses.replace(
             self._stats,
             num_compilations_since_ready=self._num_compilations(self._thread) - self._num_compilations_at_ready,
+            stalled_s=0.0 if self._idle.is_set() else time.monotonic() - self._progressed_s,
             is_alive=self._error is None and not self._is_closed,
             is_draining=self._is_draining,
         )
@@ -86,11 +93,16 @@ class EngineThread:
             self._is_draining = True
         return self._idle.wait(timeout_s)
 
+    def abandon(self, reason: str) -> None:
+        self._is_abandoned = True
+        self._die(EngineDeadError(reason), reason)
+        self._idle.set()
+
     def close(self) -> None:
         with self._gate:
             self._is_draining = self._is_closed = True
         self._inbox.put(_Abort(None))
-        if threading.current_thread() is not self._thread:
+        if threading.current_thread() is not self._thread and not self._is_abandoned:
             self._thread.join()
 
     # --- the engine thread ------------------------------------------------------------------------------------------
@@ -105,12 +117,15 @@ class EngineThread:
 
     def _run(self) -> None:
         try:
-            while self._take_commands():
+            while self._error is None and self._take_commands():
                 if self._engine.has_work:
                     self._deliver(self._engine.step())
+                self._progressed_s = time.monotonic()
         except BaseException as error:  # every waiting caller must hear of it, whatever it is
-            self._die(error)
+            self._die(error, "The engine has stopped after an error; start a new one.")
         finally:
+            if self._is_abandoned:  # and came back: what it took in meanwhile must hear of it too
+                self._tell_the_waiting()
             self._idle.set()
 
     def _take_commands(self) -> bool:
@@ -154,18 +169,29 @@ class EngineThread:
                 if delta.finish_reason is not None:
                     del self._listeners[delta.request_id]
 
-    def _die(self, error: BaseException) -> None:
-        """Tells every waiting caller, those whose request was not even taken in included."""
+    # --- the engine thread, or another one that has given it up -------------------------------------------------------
+
+    def _die(self, error: BaseException, message: str) -> None:
         with self._gate:
-            self._error = error
-        waiting = list(self._listeners.items())
-        while not self._inbox.empty():
-            command = self._inbox.get()
-            if isinstance(command, _Submit):
-                waiting.append((command.request.request_id, command.listener))
-        self._listeners.clear()
-        for request_id, listener in waiting:
-            dead = EngineDeadError("The engine has stopped after an error; start a new one.")
-            dead.__cause__ = error
+            if self._error is None:
+                self._error, self._last_words = error, message
+        self._tell_the_waiting()
+
+    def _tell_the_waiting(self) -> None:
+        """Tells every waiting caller of the end, each once, those whose request was not even taken in included."""
+        while waiting := self._pop_waiting():
+            request_id, listener = waiting
+            dead = EngineDeadError(self._last_words)
+            dead.__cause__ = self._error
             with contextlib.suppress(Exception):  # one that raises must not keep the rest from hearing
                 listener([TokenDelta(request_id, "", [], finish_reason="error", error=dead)])
+
+    def _pop_waiting(self) -> tuple[str, Listener] | None:
+        with contextlib.suppress(KeyError):
+            return self._listeners.popitem()
+        with contextlib.suppress(queue.Empty):
+            while True:
+                command = self._inbox.get_nowait()
+                if isinstance(command, _Submit):
+                    return command.request.request_id, command.listener
+        return None

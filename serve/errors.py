@@ -77,8 +77,9 @@ def status_of(error: Exception) -> status_pb2.Status:
         log.error("error_id=%s", error_id, exc_info=error)
         return _status(code, f"A fault of the server; its log has the cause under error_id={error_id}.")
     details: list[Message] = []
-    if isinstance(error, errors.InvalidRequestError):
-        violation = error_details_pb2.BadRequest.FieldViolation(field=error.parameter, description=_shown(str(error)))
+    if code is grpc.StatusCode.INVALID_ARGUMENT:
+        field = getattr(error, "parameter", "")  # bytes that make no sense have none
+        violation = error_details_pb2.BadRequest.FieldViolation(field=field, description=_shown(str(error)))
         details.append(error_details_pb2.BadRequest(field_violations=[violation]))
     elif isinstance(error, errors.OverloadedError):
         details.append(_retry(error.retry_after_s))

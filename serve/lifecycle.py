@@ -4,6 +4,7 @@
                         what is left then ends UNAVAILABLE; exit status 0
     a second one        the same without waiting
     engine dead         as a signal, without waiting; exit status 1
+    engine hanging      (no step finished within step_timeout_s) is dead
 
 Owns the order of these things, and nothing else.
 """
@@ -15,10 +16,11 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Coroutine
+from typing import TYPE_CHECKING, Any
 
 from jaxserve.async_engine import AsyncEngine
+from jaxserve.engine_client import EngineClient
 from serve.admission import Admission
 from serve.rpc.server import RpcServer
 from serve.rpc.service import GenerationService
@@ -34,6 +36,9 @@ WATCH_INTERVAL_S = 0.5
 
 STOP_TIMEOUT_S = 5.0
 """For streams to end once they are aborted, and again for the engine to end [s]."""
+
+ABANDON_TIMEOUT_S = 0.5
+"""For streams to end once an engine that does not obey is given up [s]."""
 
 
 class StopRequests:
@@ -85,17 +90,19 @@ async def run(
         service = _service(built, config)
         await server.start(service, with_reflection=config.reflection)
         on_ready(built.config.model_name, server.endpoint, time.monotonic() - started_s)
-        is_alive = await _until_stop_or_death(built, stops)
+        death = asyncio.ensure_future(_until_death(built.client, config.step_timeout_s))
+        await _first_of(death, stops.first.wait())
         service.refuse_new()
         await server.set_draining()
-        if is_alive:
-            await _drain(service, stops, config.drain_timeout_s)
-        await _end_streams(service)
+        await _first_of(death, service.wait_idle(), stops.second.wait(), timeout_s=config.drain_timeout_s)
+        death.cancel()
+        await _end_streams(service, built.client)
+        status = 0 if built.client.stats().is_alive else 1
     finally:
         await server.stop(grace_s=0.5)
     if not await _in_daemon_thread(lambda: built.close() or True, deadline_s=STOP_TIMEOUT_S):
         log.error("the engine has not ended within %g s", STOP_TIMEOUT_S)
-    return 0 if is_alive else 1
+    return status
 
 
 def leave(status: int) -> None:
@@ -152,34 +159,40 @@ async def _in_daemon_thread(work: Callable, stop: asyncio.Event | None = None, d
         future.cancel()
 
 
-async def _until_stop_or_death(built: "BuiltEngine", stops: StopRequests) -> bool:
-    """Returns whether the engine lives."""
-    while not stops.first.is_set():
-        if not built.client.stats().is_alive:
-            log.error("the engine is dead")
-            return False
-        try:
-            async with asyncio.timeout(WATCH_INTERVAL_S):
-                await stops.first.wait()
-        except TimeoutError:
-            continue
-    return True
+async def _until_death(engine: EngineClient, step_timeout_s: float) -> None:
+    """Returns when the engine is dead; one that hangs is given up first, and its streams end."""
+    while (stats := engine.stats()).is_alive:
+        if stats.stalled_s > step_timeout_s:
+            log.error("no step has finished for %.1f s, and there is work (--step-timeout-s)", stats.stalled_s)
+            engine.abandon("The engine hangs; start a new one.")
+        else:
+            await asyncio.sleep(WATCH_INTERVAL_S)
+    log.error("the engine is dead")
 
 
-async def _drain(service: GenerationService, stops: StopRequests, timeout_s: float) -> None:
-    """Returns when no stream is open, the time is over, or somebody asks again."""
-    waits = [asyncio.ensure_future(service.wait_idle()), asyncio.ensure_future(stops.second.wait())]
-    await asyncio.wait(waits, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+async def _first_of(death: asyncio.Future, *events: Coroutine[Any, Any, object], timeout_s: float | None = None) -> None:
+    """Returns when one of them has come, or the time is over; goes on watching for death."""
+    waits = [asyncio.ensure_future(event) for event in events]
+    await asyncio.wait([death, *waits], timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
     for wait in waits:
         wait.cancel()
 
 
-async def _end_streams(service: GenerationService) -> None:
+async def _end_streams(service: GenerationService, engine: EngineClient) -> None:
     num_ended = service.stop()
-    if num_ended:
-        log.warning("%d requests were ended before they were finished", num_ended)
-        try:
-            async with asyncio.timeout(STOP_TIMEOUT_S):
-                await service.wait_idle()
-        except TimeoutError:
-            log.warning("some clients do not read; their streams are cut off")
+    if not num_ended:
+        return
+    log.warning("%d requests were ended before they were finished", num_ended)
+    if not await _is_idle_within(service, STOP_TIMEOUT_S) and engine.stats().stalled_s >= STOP_TIMEOUT_S:
+        engine.abandon("The engine hangs; start a new one.")
+    if not await _is_idle_within(service, ABANDON_TIMEOUT_S):
+        log.warning("some clients do not read; their streams are cut off")
+
+
+async def _is_idle_within(service: GenerationService, timeout_s: float) -> bool:
+    try:
+        async with asyncio.timeout(timeout_s):
+            await service.wait_idle()
+    except TimeoutError:
+        return False
+    return True

@@ -37,6 +37,7 @@ class ServerConfig:
         max_queued_tokens: most prompt tokens of all requests that run or wait; None is four times the KV pool.
         max_pending_tokens: most tokens kept for one client that reads slowly; one more, and its request is aborted.
         write_timeout_s: for a client to take a message before its request is aborted [s].
+        step_timeout_s: for the engine to finish one step; longer, and it counts as dead: streams end, exit status 1 [s].
         reflection: whether grpc.reflection is offered.
         log_level: debug, info, warning or error; info has one line a request, never its text.
     """
@@ -48,6 +49,7 @@ class ServerConfig:
     max_queued_tokens: int | None = None
     max_pending_tokens: int = 4096
     write_timeout_s: float = 30.0
+    step_timeout_s: float = 60.0
     reflection: bool = True
     log_level: str = "info"
 
@@ -60,6 +62,7 @@ class ServerConfig:
             _check("max_queued_tokens", self.max_queued_tokens, self.max_queued_tokens >= 1, "at least 1")
         _check("max_pending_tokens", self.max_pending_tokens, self.max_pending_tokens >= 1, "at least 1")
         _check("write_timeout_s", self.write_timeout_s, 0 < self.write_timeout_s <= 86400, "in (0, 86400] seconds")
+        _check("step_timeout_s", self.step_timeout_s, 0 < self.step_timeout_s <= 86400, "in (0, 86400] seconds")
         _check("log_level", self.log_level, self.log_level in LOG_LEVELS, f"one of {', '.join(LOG_LEVELS)}")
 
 

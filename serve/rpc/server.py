@@ -16,7 +16,9 @@ log = logging.getLogger(__name__)
 
 SERVICE = jaxserve_pb2.DESCRIPTOR.services_by_name["GenerationService"]
 
-MAX_RECEIVE_BYTES = 8 * 2**20
+MAX_RECEIVE_BYTES = 16 * 2**20
+"""What is above it gRPC itself refuses, without naming a field; 10 MB prompts happen, so they reach our own check."""
+
 MAX_METADATA_BYTES = 16 * 2**10
 MAX_STREAMS = 256
 """Of one connection [calls]."""
@@ -60,7 +62,7 @@ class RpcServer:
 
     async def start(self, service: GenerationService, *, with_reflection: bool) -> None:
         """Serves; health says SERVING from now on."""
-        add_guarded(service, SERVICE, self._server)
+        add_guarded(service, SERVICE, self._server, service.max_bytes)
         await self._health.register(self._server)
         if with_reflection:
             names = (SERVICE.full_name, "grpc.health.v1.Health", reflection.SERVICE_NAME)

@@ -69,6 +69,11 @@ class GenerationService:
         self._is_draining = False
         self._is_stopping = False
 
+    @property
+    def max_bytes(self) -> dict[str, int]:
+        """No prompt that can be served has more bytes: a character has at most 4, a token id 5 and its tag 1."""
+        return dict.fromkeys(("text", "token_ids"), 6 * self._requests.max_prompt_chars)
+
     # --- for the lifecycle ------------------------------------------------------------------------------------------
 
     def refuse_new(self) -> None:

@@ -377,3 +377,45 @@ def test_books_that_do_not_balance_end_an_idle_engine(config):
 def _leak(scheduler, inbox, batch):
     scheduler.pools[0].allocate(1)
     inbox(batch)
+
+
+# --- a step that does not return ------------------------------------------------------------------------------------------
+
+
+def test_stalled_s_is_zero_when_idle_and_grows_while_a_step_hangs(thread, runner):
+    gate = Gate(runner)
+    inbox = Inbox()
+    assert thread.stats().stalled_s == 0
+    thread.submit(toy_request("a", max_tokens=3), inbox)
+    assert gate.reached.wait(TIMEOUT_S)
+    first = thread.stats().stalled_s
+    thread.submit(toy_request("b", max_tokens=3), inbox)  # new work is no progress
+    second = thread.stats().stalled_s
+    assert 0 < first < second
+    gate.open.set()
+    inbox.until_ends(2)
+    assert thread.drain(TIMEOUT_S)
+    assert thread.stats().stalled_s == 0
+
+
+def test_everybody_hears_that_an_engine_was_abandoned_once(thread, runner):
+    gate = Gate(runner)
+    running, not_taken = Inbox(), Inbox()
+    thread.submit(toy_request("hold", max_tokens=50), running)
+    assert gate.reached.wait(TIMEOUT_S)
+    thread.submit(toy_request("next"), not_taken)
+    in_thread(functools.partial(thread.abandon, "It hangs."))
+    for inbox in (running, not_taken):
+        delta = inbox.end()
+        assert (delta.finish_reason, str(delta.error)) == ("error", "It hangs.")
+        assert isinstance(delta.error, EngineDeadError)
+    with pytest.raises(EngineDeadError, match="It hangs"):
+        thread.submit(toy_request("late"), running)
+    assert not thread.stats().is_alive
+    assert thread.drain(TIMEOUT_S)
+    in_thread(thread.close)  # although the step still hangs
+    gate.open.set()
+    thread._thread.join(TIMEOUT_S)
+    assert not thread._thread.is_alive(), "once its step returns, it ends"
+    assert running.batches.empty()
+    assert not_taken.batches.empty()

@@ -56,7 +56,7 @@ def test_reflection_describes_the_service(with_service):
 
 def test_messages_and_metadata_beyond_the_limits_are_refused(with_service, client):
     async def body(served):
-        big = pb.GenerateRequest(text="x" * (8 * 2**20))
+        big = pb.GenerateRequest(text="x" * (16 * 2**20))
         metadata = (("x-filler", "x" * 17_000),)
         codes = []
         for request, sent in ((big, ()), (pb.GenerateRequest(text="a"), metadata)):
@@ -79,7 +79,7 @@ def test_messages_and_metadata_beyond_the_limits_are_refused(with_service, clien
 def test_a_message_just_below_the_limit_is_read(with_service):
     async def body(served):
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await served.stub.Tokenize(pb.TokenizeRequest(text="x" * (8 * 2**20 - 100)))
+            await served.stub.Tokenize(pb.TokenizeRequest(text="x" * (16 * 2**20 - 100)))
         return caught.value.code()
 
     assert with_service(body) is grpc.StatusCode.INVALID_ARGUMENT  # by us, as too long a text

@@ -13,7 +13,7 @@ from jaxserve.request import SamplingParams
 from jaxserve.tokenization.ascii_tokenizer import AsciiTokenizer
 from serve.generation import wire_sampling
 from serve.protos.jaxserve.v1 import jaxserve_pb2 as pb
-from serve.rpc import validation
+from serve.rpc import validation, wire
 
 BAD_SAMPLING = [
     ("temperature", math.nan),
@@ -111,16 +111,74 @@ def test_bad_calls_of_the_other_methods_name_the_field(with_service):
     ids=["cut off", "not UTF-8", "short", "bad tag", "nonsense"],
 )
 def test_bytes_that_do_not_parse_are_an_invalid_argument(with_service, method, data):
+    """Field 1, where it is a text, is named; what cannot be told apart names the message."""
+    is_text = method != "Detokenize" and data[:1] == b"\x0a"
+    field = {"Abort": "request_ids"}.get(method, "text") if is_text else ""
+
     async def body(served):
         make = served.channel.unary_stream if method == "Generate" else served.channel.unary_unary
         call = make(f"/jaxserve.v1.GenerationService/{method}")(data)
-        with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await (call.read() if method == "Generate" else call)
-        return caught.value
+        violation = await violation_of(call)
+        assert violation.field == field
+        assert (field or f"jaxserve.v1.{method}Request") in violation.description
 
-    error = with_service(body)
-    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
-    assert f"jaxserve.v1.{method}Request" in error.details()
+    with_service(body)
+
+
+@pytest.mark.parametrize(
+    ("method", "message", "field"),
+    [
+        ("Generate", pb.GenerateRequest(text="x" * (384 * 4096 + 1)), "text"),
+        ("Generate", pb.GenerateRequest(token_ids=pb.TokenIds(ids=[1] * (384 * 4096 + 1))), "token_ids"),
+        ("Generate", pb.GenerateRequest(text="a", sampling=pb.SamplingParams(stop=["x" * 10**6])), "sampling"),
+        ("Generate", pb.GenerateRequest(text="a", sampling=pb.SamplingParams(stop=[""] * 10**6)), "sampling"),
+        ("Abort", pb.AbortRequest(request_ids=["x" * 10**6]), "request_ids"),
+        ("Abort", pb.AbortRequest(request_ids=[""] * 10**6), "request_ids"),
+        ("Tokenize", pb.TokenizeRequest(text="x" * (384 * 4096 + 1)), "text"),
+        ("Detokenize", pb.DetokenizeRequest(token_ids=[1] * (384 * 4096 + 1)), "token_ids"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_message_that_is_too_large_is_refused_unparsed(with_service, method, message, field, monkeypatch):
+    """Because parsing it may take many times its size in memory: a million empty strings have 16 bytes each."""
+
+    async def body(served):
+        make = served.channel.unary_stream if method == "Generate" else served.channel.unary_unary
+        violation = await violation_of(make(f"/jaxserve.v1.GenerationService/{method}")(data))
+        assert violation.field == field
+        assert violation.description.startswith(f"{field} must be at most ")
+
+    data = message.SerializeToString()
+    monkeypatch.setattr(wire, "fault", pytest.fail)  # by its size, and not because it did not parse
+    with_service(body)
+
+
+def test_the_largest_legal_messages_are_parsed(with_service):
+    async def body(served):
+        stub = served.stub
+        aborted = await stub.Abort(pb.AbortRequest(request_ids=[f"{i:0128}" for i in range(1024)]))
+        assert not aborted.aborted_request_ids
+        text = (await stub.Detokenize(pb.DetokenizeRequest(token_ids=[65] * (64 * 4096)))).text
+        assert text == "A" * (64 * 4096)
+        assert (await stub.Tokenize(pb.TokenizeRequest(text=text))).token_ids == [65] * (64 * 4096)
+        sampling = pb.SamplingParams(max_tokens=1, stop=["\N{OLD PERSIAN SIGN A}" * 256] * 16, stop_token_ids=[127] * 128)
+        call = served.stub.Generate(pb.GenerateRequest(text="x" * 4095, sampling=sampling))
+        assert (await call.read()).finish_reason
+
+    with_service(body)
+
+
+def test_text_that_is_not_utf8_is_named_wherever_it_stands(with_service):
+    async def body(served):
+        inner = b"\x09" + bytes(8) + b"\x32\x01a" + b"\x32\x03b\xedc"  # temperature, a good and a bad stop string
+        data = b"\x0a\x01a\x30\x05\x1a" + bytes([len(inner)]) + inner
+        violation = await violation_of(served.channel.unary_stream("/jaxserve.v1.GenerationService/Generate")(data))
+        assert (violation.field, violation.description) == (
+            "sampling.stop",
+            "sampling.stop must be UTF-8, got 'the byte 0xed at 1'.",
+        )
+
+    with_service(body)
 
 
 def test_values_at_the_edge_of_their_range_are_taken():
