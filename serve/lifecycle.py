@@ -22,6 +22,7 @@ from jaxserve.async_engine import AsyncEngine
 from serve.admission import Admission
 from serve.rpc.server import RpcServer
 from serve.rpc.service import GenerationService
+from serve.running import RunningRequests
 from serve.settings import ServerConfig
 
 if TYPE_CHECKING:
@@ -82,15 +83,15 @@ async def run(
         built = await _in_daemon_thread(build, stops.first)
         if built is None:
             return 0
-        service = _service(built, config)
-        await server.start(service, with_reflection=config.reflection)
+        running = _running(built, config)
+        await server.start(GenerationService(running), with_reflection=config.reflection)
         on_ready(built.config.model_name, server.endpoint, time.monotonic() - started_s)
         is_alive = await _until_stop_or_death(built, stops)
-        service.refuse_new()
+        running.refuse_new()
         await server.set_draining()
         if is_alive:
-            await _drain(service, stops, config.drain_timeout_s)
-        await _end_streams(service)
+            await _drain(running, stops, config.drain_timeout_s)
+        await _end_streams(running)
     finally:
         await server.stop(grace_s=0.5)
     if not await _in_daemon_thread(lambda: built.close() or True, deadline_s=STOP_TIMEOUT_S):
@@ -109,10 +110,10 @@ def leave(status: int) -> None:
     os._exit(status)
 
 
-def _service(built: "BuiltEngine", config: ServerConfig) -> GenerationService:
+def _running(built: "BuiltEngine", config: ServerConfig) -> RunningRequests:
     resolved = built.config
     max_tokens = config.max_queued_tokens or 4 * resolved.num_pages * resolved.page_size
-    return GenerationService(
+    return RunningRequests(
         AsyncEngine(built.client, max_pending_tokens=config.max_pending_tokens),
         built.requests,
         built.tokenizer,
@@ -166,20 +167,20 @@ async def _until_stop_or_death(built: "BuiltEngine", stops: StopRequests) -> boo
     return True
 
 
-async def _drain(service: GenerationService, stops: StopRequests, timeout_s: float) -> None:
+async def _drain(running: RunningRequests, stops: StopRequests, timeout_s: float) -> None:
     """Returns when no stream is open, the time is over, or somebody asks again."""
-    waits = [asyncio.ensure_future(service.wait_idle()), asyncio.ensure_future(stops.second.wait())]
+    waits = [asyncio.ensure_future(running.wait_idle()), asyncio.ensure_future(stops.second.wait())]
     await asyncio.wait(waits, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
     for wait in waits:
         wait.cancel()
 
 
-async def _end_streams(service: GenerationService) -> None:
-    num_ended = service.stop()
+async def _end_streams(running: RunningRequests) -> None:
+    num_ended = running.stop()
     if num_ended:
         log.warning("%d requests were ended before they were finished", num_ended)
         try:
             async with asyncio.timeout(STOP_TIMEOUT_S):
-                await service.wait_idle()
+                await running.wait_idle()
         except TimeoutError:
             log.warning("some clients do not read; their streams are cut off")

@@ -7,9 +7,10 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from jaxserve.outputs import TokenDelta
 from serve.errors import code_of
 
 log = logging.getLogger("serve.requests")
@@ -20,7 +21,7 @@ class RequestLine:
     """What will be logged; filled in as it becomes known.
 
     Attributes:
-        first_token_s: from the request's arrival to the first message handed to gRPC [s]; None before it.
+        first_token_s: from the call's arrival to the first deltas handed to its door [s]; None before it.
     """
 
     request_id: str = "-"
@@ -31,9 +32,15 @@ class RequestLine:
     arrived_s: float = 0.0
     first_token_s: float | None = None
 
-    def mark_first_token(self) -> None:
+    def add(self, deltas: Sequence[TokenDelta]) -> None:
+        """Counts what is about to be written."""
         if self.first_token_s is None:
             self.first_token_s = time.monotonic() - self.arrived_s
+        self.num_completion_tokens += sum(len(delta.token_ids) for delta in deltas)
+        last = deltas[-1]
+        if last.finish_reason is not None:
+            self.finish_reason = last.finish_reason
+            self.num_cached_tokens += last.num_cached_tokens
 
 
 @contextlib.contextmanager

@@ -24,6 +24,7 @@ from serve.admission import Admission
 from serve.protos.jaxserve.v1 import jaxserve_pb2_grpc
 from serve.rpc.server import RpcServer
 from serve.rpc.service import GenerationService
+from serve.running import RunningRequests
 
 
 class FakeClient:
@@ -165,7 +166,7 @@ def built_engine(client, tokenizer):
 async def serving(client, *, tokenizer, max_requests=8, max_tokens=None, max_pending_tokens=4096, write_timeout_s=30.0):
     """Yields service, stub and channel; nothing may be left open or running afterwards."""
     built = built_engine(client, tokenizer)
-    service = GenerationService(
+    running = RunningRequests(
         AsyncEngine(client, max_pending_tokens=max_pending_tokens),
         built.requests,
         tokenizer,
@@ -174,11 +175,11 @@ async def serving(client, *, tokenizer, max_requests=8, max_tokens=None, max_pen
         write_timeout_s=write_timeout_s,
     )
     server = RpcServer("127.0.0.1", 0)
-    await server.start(service, with_reflection=True)
+    await server.start(GenerationService(running), with_reflection=True)
     try:
         async with grpc.aio.insecure_channel(server.endpoint) as channel:
             yield SimpleNamespace(
-                service=service,
+                service=running,
                 channel=channel,
                 server=server,
                 stub=jaxserve_pb2_grpc.GenerationServiceStub(channel),
