@@ -20,6 +20,7 @@ class EngineStats:
 
     Attributes:
         num_free_pages: of num_pages.
+        has_work: whether a request was submitted that has not ended; with it and without new steps, the engine hangs.
         num_compilations_since_ready: by jax's own events; anything but 0 is a bug.
     """
 
@@ -32,6 +33,7 @@ class EngineStats:
     num_prompt_tokens: int = 0
     num_generated_tokens: int = 0
     num_compilations_since_ready: int = 0
+    has_work: bool = False
     is_alive: bool = True
     is_draining: bool = False
 

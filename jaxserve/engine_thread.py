@@ -67,6 +67,7 @@ class EngineThread:
         return dataclasses.replace(
             self._stats,
             num_compilations_since_ready=self._num_compilations(self._thread) - self._num_compilations_at_ready,
+            has_work=not self._idle.is_set(),
             is_alive=self._error is None and not self._is_closed,
             is_draining=self._is_draining,
         )

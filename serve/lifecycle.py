@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from jaxserve.async_engine import AsyncEngine
 from serve.admission import Admission
+from serve.metrics import ServiceMetrics
 from serve.rpc.server import RpcServer
 from serve.rpc.service import GenerationService
 from serve.running import RunningRequests
@@ -119,6 +120,7 @@ def _running(built: "BuiltEngine", config: ServerConfig) -> RunningRequests:
         built.tokenizer,
         resolved,
         Admission(resolved.max_num_seqs + config.max_queued_requests, max_tokens),
+        ServiceMetrics(resolved.model_name, built.client.stats),
         write_timeout_s=config.write_timeout_s,
     )
 

@@ -11,7 +11,6 @@ from typing import TypeVar
 
 from jaxserve.async_engine import AsyncEngine
 from jaxserve.config import ResolvedConfig
-from jaxserve.engine_client import EngineStats
 from jaxserve.errors import DrainingError, InvalidRequestError, OverloadedError
 from jaxserve.outputs import TokenDelta
 from jaxserve.request import Request
@@ -19,7 +18,8 @@ from jaxserve.request_factory import RequestFactory
 from jaxserve.tokenization.tokenizer import Tokenizer
 from serve.admission import Admission
 from serve.errors import DuplicateRequestError, NoTokenizerError
-from serve.observability import RequestLine
+from serve.metrics import ServiceMetrics
+from serve.observability import CallRecord
 
 Result = TypeVar("Result")
 
@@ -41,6 +41,7 @@ class RunningRequests:
     """Owns the set of running requests.
 
     Args:
+        metrics: told how each request goes.
         write_timeout_s: how long a client may leave a message unread before its request is ended [s].
     """
 
@@ -51,11 +52,13 @@ class RunningRequests:
         tokenizer: Tokenizer | None,
         config: ResolvedConfig,
         admission: Admission,
+        metrics: ServiceMetrics,
         *,
         write_timeout_s: float = 30.0,
     ):
         self.requests = requests
         self.config = config
+        self.metrics = metrics
         self._engine = engine
         self._tokenizer = tokenizer
         self._admission = admission
@@ -84,9 +87,6 @@ class RunningRequests:
         self._is_draining = self._is_stopping = True
         return len(self.abort(list(self._holders)))
 
-    def stats(self) -> EngineStats:
-        return self._engine.stats()
-
     # --- for the doors ----------------------------------------------------------------------------------------------
 
     def check_open(self) -> None:
@@ -109,12 +109,14 @@ class RunningRequests:
         return self._tokenizer is not None
 
     @contextlib.asynccontextmanager
-    async def open(self, request_id: str, make: Callable[[], Request], line: RequestLine) -> AsyncIterator["RunningRequest"]:
+    async def open(
+        self, request_id: str, make: Callable[[], Request], record: CallRecord
+    ) -> AsyncIterator["RunningRequest"]:
         """Admits a request; its permit and its id are held for as long as the `async with` block lasts.
 
         Args:
             make: returns the request, of this very id; runs in a thread.
-            line: gets what becomes known.
+            record: gets what becomes known.
 
         Raises:
             DrainingError, OverloadedError: there is no room for it.
@@ -125,9 +127,9 @@ class RunningRequests:
         with self._admission.permit() as permit, self._holding(request_id) as holder:
             request = await asyncio.to_thread(make)
             num_tokens = len(request.prompt_token_ids)
-            line.num_prompt_tokens += num_tokens
+            record.num_prompt_tokens += num_tokens
             permit.take_tokens(num_tokens)
-            yield RunningRequest(self, request, holder, line)
+            yield RunningRequest(self, request, holder, record)
 
     def abort(self, request_ids: Sequence[str]) -> list[str]:
         """Ends requests: each gets a last delta with finish_reason "abort"; returns those of the ids that are running."""
@@ -160,11 +162,12 @@ class RunningRequests:
 class RunningRequest:
     """One admitted request; made by `RunningRequests.open`."""
 
-    def __init__(self, running: RunningRequests, request: Request, holder: _Holder, line: RequestLine):
+    def __init__(self, running: RunningRequests, request: Request, holder: _Holder, record: CallRecord):
         self.request = request
         self._running = running
         self._holder = holder
-        self._line = line
+        self._record = record
+        self._made_s: float | None = None  # its newest token
 
     async def batches(self) -> AsyncGenerator[list[TokenDelta], None]:
         """Submits the request and yields its deltas up to the last one, all that are there at once; see `AsyncEngine.stream`.
@@ -177,22 +180,37 @@ class RunningRequest:
         """
         if self._holder.is_aborted:  # while it was tokenized
             deltas = [self._checked(self._aborted())]
-            self._line.add(deltas)
+            self._record.add(deltas)
             yield deltas
             return
         self._holder.is_submitted = True
-        async with contextlib.aclosing(self._running._engine.stream_batches(self.request)) as batches:
-            try:
+        end: str | None = "abort"  # of a reader that leaves
+        timings = None
+        try:
+            async with contextlib.aclosing(self._running._engine.stream_batches(self.request)) as batches:
                 async for deltas in batches:
-                    self._checked(deltas[-1])
-                    self._line.add(deltas)
+                    self._measure(deltas)
+                    self._record.add(deltas)
+                    last = deltas[-1]
+                    if last.finish_reason is not None:
+                        end, timings = last.finish_reason, last.timings
+                    self._checked(last)
                     yield deltas
-            except InvalidRequestError as error:
-                if error.parameter != "request_id":
-                    raise
-                raise DuplicateRequestError(
-                    f"request_id {self.request.request_id!r} belongs to a request that is being aborted."
-                ) from None
+        except InvalidRequestError as error:
+            end = None  # the engine did not take it
+            if error.parameter != "request_id":
+                raise
+            raise DuplicateRequestError(
+                f"request_id {self.request.request_id!r} belongs to a request that is being aborted."
+            ) from None
+        except (OverloadedError, DrainingError):  # aborted
+            raise
+        except Exception:
+            end = "error"
+            raise
+        finally:
+            if end is not None:
+                self._running.metrics.observe_end(end, self._record.arrived_s, timings)
 
     async def write(self, writing: Awaitable[None]) -> None:
         """Awaits a door's write to its client.
@@ -208,6 +226,15 @@ class RunningRequest:
             raise OverloadedError(
                 f"{self.request.request_id} was aborted: its client has read nothing for {timeout_s:g} s."
             ) from None
+
+    def _measure(self, deltas: Sequence[TokenDelta]) -> None:
+        metrics = self._running.metrics
+        for made_s in (delta.made_s for delta in deltas if delta.made_s is not None):
+            if self._made_s is None:
+                metrics.observe_first_token(made_s - self._record.arrived_s)
+            else:
+                metrics.observe_inter_token(made_s - self._made_s)
+            self._made_s = made_s
 
     def _aborted(self) -> TokenDelta:
         request = self.request

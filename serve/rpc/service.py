@@ -11,7 +11,7 @@ import jaxserve
 from jaxserve.errors import InvalidRequestError
 from jaxserve.outputs import TokenDelta
 from jaxserve.request import Request
-from serve.observability import RequestLine, request_line
+from serve.observability import CallRecord, call_record
 from serve.protos.jaxserve.v1 import jaxserve_pb2
 from serve.rpc import messages, validation
 from serve.running import RunningRequest, RunningRequests
@@ -26,7 +26,7 @@ class GenerationService:
         self._config = running.config
 
     async def Generate(self, request: jaxserve_pb2.GenerateRequest, context: grpc.aio.ServicerContext) -> None:
-        with request_line("Generate") as line:
+        with call_record("Generate", self._running.metrics) as record:
             self._running.check_open()
             call = validation.generate_call(
                 request,
@@ -34,10 +34,10 @@ class GenerationService:
                 model_name=self._config.model_name,
                 max_model_len=self._config.max_model_len,
             )
-            line.request_id = call.request_id
-            async with self._running.open(call.request_id, lambda: self._make(call), line) as admitted:
+            record.request_id = call.request_id
+            async with self._running.open(call.request_id, lambda: self._make(call), record) as admitted:
                 await context.send_initial_metadata(((validation.REQUEST_ID_METADATA, call.request_id),))
-                await self._stream(admitted, line, context)
+                await self._stream(admitted, record, context)
 
     async def Abort(
         self, request: jaxserve_pb2.AbortRequest, context: grpc.aio.ServicerContext
@@ -110,12 +110,12 @@ class GenerationService:
         except InvalidRequestError as error:
             raise validation.located(error, "text" if isinstance(call.prompt, str) else "token_ids.ids") from None
 
-    async def _stream(self, admitted: RunningRequest, line: RequestLine, context: grpc.aio.ServicerContext) -> None:
+    async def _stream(self, admitted: RunningRequest, record: CallRecord, context: grpc.aio.ServicerContext) -> None:
         is_first = True
         async with contextlib.aclosing(admitted.batches()) as batches:
             try:
                 async for deltas in batches:
-                    message = self._message(deltas, admitted.request, line)
+                    message = self._message(deltas, admitted.request, record)
                     if is_first:
                         message.request_id = admitted.request.request_id
                         is_first = False
@@ -123,10 +123,10 @@ class GenerationService:
             except InvalidRequestError as error:
                 raise validation.located(error) from None
 
-    def _message(self, deltas: list[TokenDelta], request: Request, line: RequestLine) -> jaxserve_pb2.GenerateResponse:
+    def _message(self, deltas: list[TokenDelta], request: Request, record: CallRecord) -> jaxserve_pb2.GenerateResponse:
         message = messages.generate_response(deltas, request.sampling.logprobs)
         if deltas[-1].finish_reason is not None:
-            message.usage.CopyFrom(messages.usage(deltas[-1], line.num_completion_tokens))
+            message.usage.CopyFrom(messages.usage(deltas[-1], record.num_completion_tokens))
         return message
 
     def _check_length(self, field: str, length: int, unit: str) -> None:

@@ -21,6 +21,7 @@ from jaxserve.outputs import Logprob, TokenDelta
 from jaxserve.request_factory import RequestFactory
 from jaxserve.tokenization.ascii_tokenizer import AsciiTokenizer
 from serve.admission import Admission
+from serve.metrics import ServiceMetrics
 from serve.protos.jaxserve.v1 import jaxserve_pb2_grpc
 from serve.rpc.server import RpcServer
 from serve.rpc.service import GenerationService
@@ -172,6 +173,7 @@ async def serving(client, *, tokenizer, max_requests=8, max_tokens=None, max_pen
         tokenizer,
         built.config,
         Admission(max_requests, max_tokens),
+        ServiceMetrics(built.config.model_name, client.stats),
         write_timeout_s=write_timeout_s,
     )
     server = RpcServer("127.0.0.1", 0)
