@@ -1,7 +1,7 @@
-"""From start to exit: take the port, build the engine, serve, drain on a signal, leave.
+"""From start to exit: take the ports, build the engine, serve on both doors, drain on a signal, leave.
 
-    SIGTERM or SIGINT   health NOT_SERVING at once, new requests UNAVAILABLE, running ones finish within drain_timeout_s,
-                        what is left then ends UNAVAILABLE; exit status 0
+    SIGTERM or SIGINT   health NOT_SERVING (503) at once, new requests UNAVAILABLE (503), running ones finish within
+                        drain_timeout_s, what is left then ends UNAVAILABLE; exit status 0
     a second one        the same without waiting
     engine dead         as a signal, without waiting; exit status 1
 
@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING
 
 from jaxserve.async_engine import AsyncEngine
 from serve.admission import Admission
+from serve.doors import Endpoints, open_doors
 from serve.metrics import ServiceMetrics
-from serve.rpc.server import RpcServer
-from serve.rpc.service import GenerationService
+from serve.progress import ProgressProbe
 from serve.running import RunningRequests
 from serve.settings import ServerConfig
 
@@ -58,43 +58,44 @@ class StopRequests:
 async def run(
     build: Callable[[], "BuiltEngine"],
     config: ServerConfig,
-    on_ready: Callable[[str, str, float], None],
+    on_ready: Callable[[str, Endpoints, float], None],
     stops: StopRequests | None = None,
 ) -> int:
     """Serves until stopped.
 
     Args:
         build: makes the engine; runs in a thread of its own.
-        on_ready: called with model name, endpoint and start-up seconds.
+        on_ready: called with model name, endpoints and start-up seconds.
         stops: None listens to SIGTERM and SIGINT.
 
     Returns:
         The exit status: 0 after a drain, 1 after the engine's death.
 
     Raises:
-        ConfigError: the port cannot be bound.
+        ConfigError: a port cannot be bound.
         Exception: what build raised.
     """
     started_s = time.monotonic()
     if stops is None:
         stops = StopRequests()
         stops.listen_to_signals()
-    server = RpcServer(config.host, config.grpc_port)
+    doors = await open_doors(config)
     try:
         built = await _in_daemon_thread(build, stops.first)
         if built is None:
             return 0
         running = _running(built, config)
-        await server.start(GenerationService(running), with_reflection=config.reflection)
-        on_ready(built.config.model_name, server.endpoint, time.monotonic() - started_s)
-        is_alive = await _until_stop_or_death(built, stops)
+        progress = ProgressProbe(built.client.stats, config.stall_timeout_s)
+        await doors.start(running, progress)
+        on_ready(built.config.model_name, doors.endpoints, time.monotonic() - started_s)
+        is_alive = await _until_stop_or_death(built, progress, stops)
         running.refuse_new()
-        await server.set_draining()
+        await doors.set_draining()
         if is_alive:
             await _drain(running, stops, config.drain_timeout_s)
         await _end_streams(running)
     finally:
-        await server.stop(grace_s=0.5)
+        await doors.stop()
     if not await _in_daemon_thread(lambda: built.close() or True, deadline_s=STOP_TIMEOUT_S):
         log.error("the engine has not ended within %g s", STOP_TIMEOUT_S)
     return 0 if is_alive else 1
@@ -155,12 +156,17 @@ async def _in_daemon_thread(work: Callable, stop: asyncio.Event | None = None, d
         future.cancel()
 
 
-async def _until_stop_or_death(built: "BuiltEngine", stops: StopRequests) -> bool:
+async def _until_stop_or_death(built: "BuiltEngine", progress: ProgressProbe, stops: StopRequests) -> bool:
     """Returns whether the engine lives."""
+    is_stalled = False
     while not stops.first.is_set():
         if not built.client.stats().is_alive:
             log.error("the engine is dead")
             return False
+        stalled_s = progress.stalled_for_s()
+        if stalled_s is not None and not is_stalled:
+            log.error("the engine has work and has made no step for %.0f s; health says so", stalled_s)
+        is_stalled = stalled_s is not None
         try:
             async with asyncio.timeout(WATCH_INTERVAL_S):
                 await stops.first.wait()

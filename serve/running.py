@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from jaxserve.async_engine import AsyncEngine
 from jaxserve.config import ResolvedConfig
+from jaxserve.engine_client import EngineStats
 from jaxserve.errors import DrainingError, InvalidRequestError, OverloadedError
 from jaxserve.outputs import TokenDelta
 from jaxserve.request import Request
@@ -70,10 +71,6 @@ class RunningRequests:
 
     # --- for the lifecycle ------------------------------------------------------------------------------------------
 
-    @property
-    def is_draining(self) -> bool:
-        return self._is_draining
-
     def refuse_new(self) -> None:
         """From now on `check_open` and `open` raise DrainingError; running requests go on."""
         self._is_draining = True
@@ -86,6 +83,9 @@ class RunningRequests:
         """Ends the running requests with DrainingError; returns how many they are."""
         self._is_draining = self._is_stopping = True
         return len(self.abort(list(self._holders)))
+
+    def stats(self) -> EngineStats:
+        return self._engine.stats()
 
     # --- for the doors ----------------------------------------------------------------------------------------------
 

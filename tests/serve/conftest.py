@@ -5,6 +5,7 @@ And the service on a real socket around it, for tests that speak gRPC from this 
 
 import asyncio
 import contextlib
+import functools
 import queue
 import threading
 import time
@@ -17,7 +18,7 @@ from jaxserve.async_engine import AsyncEngine
 from jaxserve.config import ResolvedConfig
 from jaxserve.engine_client import EngineStats
 from jaxserve.errors import DrainingError, EngineDeadError
-from jaxserve.outputs import Logprob, TokenDelta
+from jaxserve.outputs import Logprob, RequestTimings, TokenDelta
 from jaxserve.request_factory import RequestFactory
 from jaxserve.tokenization.ascii_tokenizer import AsciiTokenizer
 from serve.admission import Admission
@@ -47,6 +48,7 @@ class FakeClient:
         self.gate.set()
         self.aborted, self.finished = [], []
         self.submitted = []
+        self.num_steps = self.num_prompt_tokens = self.num_generated_tokens = 0
         self.is_alive = True
         self.is_closed = False
         self._inbox = queue.SimpleQueue()
@@ -66,7 +68,16 @@ class FakeClient:
         self._inbox.put(("abort", tuple(request_ids), None))
 
     def stats(self):
-        return EngineStats(num_running=len(self._running), is_alive=self.is_alive)
+        return EngineStats(
+            num_running=len(self._running),
+            num_pages=64,
+            num_free_pages=64 - len(self._running),
+            num_steps=self.num_steps,
+            num_prompt_tokens=self.num_prompt_tokens,
+            num_generated_tokens=self.num_generated_tokens,
+            has_work=bool(self._running),
+            is_alive=self.is_alive,
+        )
 
     def drain(self, timeout_s=None):
         return True
@@ -84,6 +95,7 @@ class FakeClient:
             while not self._inbox.empty():
                 verb, what, listener = self._inbox.get()
                 if verb == "submit":
+                    self.num_prompt_tokens += len(what.prompt_token_ids)
                     self._running[what.request_id] = (what, listener, 0)
                 else:
                     for request_id in what:
@@ -96,12 +108,14 @@ class FakeClient:
             time.sleep(self.step_s)
 
     def _step(self):
+        self.num_steps += bool(self._running)
         for request_id, (request, listener, num) in list(self._running.items()):
             if num == self.fail_at:
                 del self._running[request_id]
                 listener([TokenDelta(request_id, "", [], finish_reason="error", error=self.error)])
                 continue
             is_last = num + 1 == request.sampling.max_tokens
+            self.num_generated_tokens += 1
             delta = self._delta(request, [32 + num % 95], num, "length" if is_last else None)
             if is_last:
                 del self._running[request_id]
@@ -111,6 +125,7 @@ class FakeClient:
             listener([delta])
 
     def _delta(self, request, token_ids, num, finish_reason):
+        now = time.monotonic()
         logprobs = None
         if request.sampling.logprobs is not None:
             logprobs = [
@@ -124,6 +139,8 @@ class FakeClient:
             finish_reason,
             num_prompt_tokens=len(request.prompt_token_ids),
             num_cached_tokens=3,
+            timings=None if finish_reason is None else RequestTimings(now - 0.4, now - 0.3, now - 0.2, now),
+            made_s=now if token_ids else None,
         )
 
 
@@ -163,11 +180,9 @@ def built_engine(client, tokenizer):
     )
 
 
-@contextlib.asynccontextmanager
-async def serving(client, *, tokenizer, max_requests=8, max_tokens=None, max_pending_tokens=4096, write_timeout_s=30.0):
-    """Yields service, stub and channel; nothing may be left open or running afterwards."""
+def running_requests(client, tokenizer, *, max_requests=8, max_tokens=None, max_pending_tokens=4096, write_timeout_s=30.0):
     built = built_engine(client, tokenizer)
-    running = RunningRequests(
+    return RunningRequests(
         AsyncEngine(client, max_pending_tokens=max_pending_tokens),
         built.requests,
         tokenizer,
@@ -176,6 +191,12 @@ async def serving(client, *, tokenizer, max_requests=8, max_tokens=None, max_pen
         ServiceMetrics(built.config.model_name, client.stats),
         write_timeout_s=write_timeout_s,
     )
+
+
+@contextlib.asynccontextmanager
+async def serving(client, *, tokenizer, **limits):
+    """Yields service, stub and channel; nothing may be left open or running afterwards."""
+    running = running_requests(client, tokenizer, **limits)
     server = RpcServer("127.0.0.1", 0)
     await server.start(GenerationService(running), with_reflection=True)
     try:
@@ -202,6 +223,12 @@ def client():
 def built(client):
     """What `jaxserve.build.build` would return, around the fake."""
     return built_engine(client, AsciiTokenizer())
+
+
+@pytest.fixture
+def new_running(client):
+    """Makes what the doors share, around the fake; for a running event loop."""
+    return functools.partial(running_requests, client)
 
 
 @pytest.fixture

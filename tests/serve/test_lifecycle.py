@@ -22,15 +22,16 @@ async def running(built, **settings):
     """Yields a server that is ready; its exit status is `status` afterwards."""
     stops = StopRequests()
     ready = asyncio.get_running_loop().create_future()
-    config = ServerConfig(grpc_port=0, **settings)
+    config = ServerConfig(grpc_port=0, http_port=0, **settings)
     server = asyncio.create_task(lifecycle.run(lambda: built, config, lambda *said: ready.set_result(said), stops))
-    model, endpoint, seconds = await asyncio.wait_for(ready, 10)
+    model, endpoints, seconds = await asyncio.wait_for(ready, 10)
     assert (model, 0 <= seconds < 10) == ("fake", True)
-    async with grpc.aio.insecure_channel(endpoint) as channel:
+    async with grpc.aio.insecure_channel(endpoints.grpc) as channel:
         yield SimpleNamespace(
             stops=stops,
             task=server,
-            endpoint=endpoint,
+            endpoint=endpoints.grpc,
+            http=endpoints.http,
             stub=jaxserve_pb2_grpc.GenerationServiceStub(channel),
             health=health_pb2_grpc.HealthStub(channel),
         )
@@ -108,7 +109,7 @@ def test_a_stop_before_ready_does_not_wait_for_the_engine():
 
     async def body():
         stops = StopRequests()
-        task = asyncio.create_task(lifecycle.run(never.wait, ServerConfig(grpc_port=0), pytest.fail, stops))
+        task = asyncio.create_task(lifecycle.run(never.wait, ServerConfig(grpc_port=0, http_port=0), pytest.fail, stops))
         await asyncio.sleep(0.1)
         stops.add("test")
         return await asyncio.wait_for(task, 5)
@@ -127,7 +128,7 @@ def test_an_engine_that_cannot_be_built_frees_the_port():
         probe.close()
         for _ in range(2):
             with pytest.raises(ConfigError, match="page_size must be smaller"):
-                await lifecycle.run(build, ServerConfig(grpc_port=port), pytest.fail, StopRequests())
+                await lifecycle.run(build, ServerConfig(grpc_port=port, http_port=0), pytest.fail, StopRequests())
 
     asyncio.run(body())
 
@@ -137,7 +138,7 @@ def test_a_taken_port_is_known_before_anything_is_built():
         taken = await asyncio.start_server(lambda *_: None, "127.0.0.1", 0)
         port = taken.sockets[0].getsockname()[1]
         with pytest.raises(ConfigError, match="cannot be bound"):
-            await lifecycle.run(pytest.fail, ServerConfig(grpc_port=port), pytest.fail, StopRequests())
+            await lifecycle.run(pytest.fail, ServerConfig(grpc_port=port, http_port=0), pytest.fail, StopRequests())
         taken.close()
 
     asyncio.run(body())

@@ -53,6 +53,8 @@ class Server:
                 *BUCKETS.split(),
                 "--grpc-port",
                 "0",
+                "--http-port",
+                "0",
                 "--drain-timeout-s",
                 "20",
                 "--log-level",
@@ -134,7 +136,10 @@ def text_of(call):
 
 
 def test_the_ready_lines_say_where_and_how(server):
-    assert re.fullmatch(r"jaxserve ready: model toy, endpoint 127\.0\.0\.1:\d+, started in \d+\.\d s", server.ready_line)
+    api = r"OpenAI API http://127\.0\.0\.1:\d+/v1"
+    assert re.fullmatch(
+        rf"jaxserve ready: model toy, endpoint 127\.0\.0\.1:\d+, {api}, started in \d+\.\d s", server.ready_line
+    )
     match = re.fullmatch(r"try: (.+) generate \"def fib\(n\):\" --endpoint (\S+)", server.command_line)
     assert match[2] == server.endpoint
 

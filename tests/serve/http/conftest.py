@@ -1,0 +1,92 @@
+"""The HTTP front door on a real socket around the fake engine, with OpenAI's own client beside it."""
+
+import asyncio
+import contextlib
+import json
+from types import SimpleNamespace
+
+import openai
+import pytest
+
+from jaxserve.tokenization.ascii_tokenizer import AsciiTokenizer
+from serve.http.app import Served
+from serve.http.server import HttpServer
+from serve.progress import ProgressProbe
+
+TEMPLATE = (
+    "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}"
+    "{% if style %}[{{ style }}]{% endif %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@contextlib.asynccontextmanager
+async def serving(running, client, *, write_timeout_s, is_ready=True):
+    server = HttpServer("127.0.0.1", 0, write_timeout_s=write_timeout_s)
+    if is_ready:
+        server.app.serve(Served(running, ProgressProbe(client.stats, 0.2)))
+    await server.start()
+    base_url = f"http://{server.endpoint}/v1"
+    try:
+        async with openai.AsyncOpenAI(base_url=base_url, api_key="none", max_retries=0, timeout=20) as api:
+            yield SimpleNamespace(
+                running=running,
+                server=server,
+                api=api,
+                base_url=base_url,
+                request=lambda *args, **options: request(server.port, *args, **options),
+            )
+    finally:
+        await server.stop(0.5)
+
+
+async def request(port, method, path, body=None, headers=(), host="127.0.0.1"):
+    """One request over a connection of its own: status, headers by lower-case name, and the body's bytes."""
+    data = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
+    lines = [f"{method} {path} HTTP/1.1", f"Host: {host}", "Connection: close", f"Content-Length: {len(data)}", *headers]
+    answer = await exchange(port, "\r\n".join([*lines, "", ""]).encode() + data)
+    head, _, rest = answer.partition(b"\r\n\r\n")
+    status, *fields = head.decode("latin-1").split("\r\n")
+    named = {name.lower(): value for name, _, value in (field.partition(": ") for field in fields)}
+    return int(status.split()[1]), named, unchunked(rest) if "transfer-encoding" in named else rest
+
+
+async def exchange(port, data):
+    """Sends bytes; returns all that comes until the server closes."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        writer.write(data)
+        with contextlib.suppress(ConnectionError):
+            return await asyncio.wait_for(reader.read(), 20)
+        return b""
+    finally:
+        writer.close()
+
+
+def unchunked(data):
+    parts = []
+    while data:
+        size, _, data = data.partition(b"\r\n")
+        parts.append(data[: int(size, 16)])
+        data = data[int(size, 16) + 2 :]
+    return b"".join(parts)
+
+
+@pytest.fixture
+def send():
+    return exchange
+
+
+@pytest.fixture
+def with_http(client, new_running):
+    """Runs `async def body(served)` against the front door; keyword arguments are limits of the running requests."""
+
+    def run(body, *, tokenizer=AsciiTokenizer(TEMPLATE), write_timeout_s=30.0, is_ready=True, **limits):  # noqa: B008
+        async def main():
+            async with asyncio.timeout(30):
+                running = new_running(tokenizer, write_timeout_s=write_timeout_s, **limits)
+                async with serving(running, client, write_timeout_s=write_timeout_s, is_ready=is_ready) as served:
+                    return await body(served)
+
+        return asyncio.run(main())
+
+    return run
