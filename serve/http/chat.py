@@ -72,8 +72,8 @@ def read_call(body: dict[str, Any], call_id: str, running: RunningRequests, chat
     has_token_ids = flag(given, "return_token_ids", False)
 
     def make(request_id: str) -> Request:
-        token_ids = encode_chat(tokenizer, messages, chat_template=template, **options)  # pyright: ignore[reportArgumentType]
         try:
+            token_ids = encode_chat(tokenizer, messages, chat_template=template, **options)  # pyright: ignore[reportArgumentType]
             return running.requests.make(token_ids, sampling, request_id=request_id, priority=given.get("priority", 0))
         except InvalidRequestError as error:
             raise relocated(error, "messages") if error.parameter == "prompt" else error from None

@@ -9,7 +9,7 @@ import openai
 import pytest
 
 from jaxserve.tokenization.ascii_tokenizer import AsciiTokenizer
-from serve.http.app import Served
+from serve.http.app import HttpApp, Served
 from serve.http.server import HttpServer
 from serve.progress import ProgressProbe
 
@@ -22,8 +22,9 @@ TEMPLATE = (
 @contextlib.asynccontextmanager
 async def serving(running, client, *, write_timeout_s, is_ready=True):
     server = HttpServer("127.0.0.1", 0, write_timeout_s=write_timeout_s)
+    progress = ProgressProbe(client.stats, 0.2)
     if is_ready:
-        server.app.serve(Served(running, ProgressProbe(client.stats, 0.2)))
+        server.app.serve(Served(running, progress))
     await server.start()
     base_url = f"http://{server.endpoint}/v1"
     try:
@@ -31,6 +32,7 @@ async def serving(running, client, *, write_timeout_s, is_ready=True):
             yield SimpleNamespace(
                 running=running,
                 server=server,
+                progress=progress,
                 api=api,
                 base_url=base_url,
                 request=lambda *args, **options: request(server.port, *args, **options),
@@ -48,6 +50,33 @@ async def request(port, method, path, body=None, headers=(), host="127.0.0.1"):
     status, *fields = head.decode("latin-1").split("\r\n")
     named = {name.lower(): value for name, _, value in (field.partition(": ") for field in fields)}
     return int(status.split()[1]), named, unchunked(rest) if "transfer-encoding" in named else rest
+
+
+async def in_process(app, method, path, body=None, headers=()):
+    """The same without a socket; body may be a list of pieces."""
+    data = body if isinstance(body, list) else [body if isinstance(body, bytes) else json.dumps(body).encode()]
+    messages = [{"type": "http.request", "body": piece, "more_body": n + 1 < len(data)} for n, piece in enumerate(data)]
+    scope = {
+        "type": "http",
+        "http_version": "1.1",
+        "method": method,
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": b"",
+        "headers": [(b"host", b"test"), *headers],
+    }
+    sent = []
+
+    async def receive():
+        if messages:
+            return messages.pop(0)
+        return await asyncio.Event().wait()
+
+    async def send(message):
+        sent.append(message)
+
+    await app(scope, receive, send)
+    return sent[0]["status"], dict(sent[0]["headers"]), b"".join(message["body"] for message in sent[1:])
 
 
 async def exchange(port, data):
@@ -69,6 +98,24 @@ def unchunked(data):
         parts.append(data[: int(size, 16)])
         data = data[int(size, 16) + 2 :]
     return b"".join(parts)
+
+
+@pytest.fixture
+def ask(client, new_running):
+    """Posts a body to an application around the fake engine, in this process; returns the status and the answer or its error."""
+
+    def run(path, body, *, tokenizer=AsciiTokenizer(TEMPLATE), **limits):  # noqa: B008
+        async def main():
+            async with asyncio.timeout(20):
+                app = HttpApp()
+                app.serve(Served(new_running(tokenizer, **limits), ProgressProbe(client.stats, 30.0)))
+                status, _, data = await in_process(app, "POST", path, body)
+                answer = json.loads(data)
+                return status, answer.get("error", answer)
+
+        return asyncio.run(main())
+
+    return run
 
 
 @pytest.fixture
