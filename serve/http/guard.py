@@ -29,7 +29,8 @@ class Guard:
     """Passes on what is sound, with two ids in `scope["state"]`: `request_id`, which every answer carries and which is the
     client's where it sent one (`has_sent_id`), and `call_id`, which is unique.
 
-    An answer that is sent before the body was read closes the connection, so that what follows is not taken for a request.
+    The connection ends with an answer that refuses the head, or that is sent before the body was read: what follows is not taken
+    for a request.
     """
 
     def __init__(self, app: ASGIApp):
@@ -38,12 +39,12 @@ class Guard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return
-        has_body_left = _has_body(scope)
+        is_last = _has_body(scope)  # of its connection, unless the body is read
 
         async def guarded_receive() -> Message:
-            nonlocal has_body_left
+            nonlocal is_last
             message = await receive()
-            has_body_left = has_body_left and message["type"] == "http.request" and message.get("more_body", False)
+            is_last = is_last and message["type"] == "http.request" and message.get("more_body", False)
             return message
 
         call_id = request_id = uuid.uuid4().hex
@@ -51,13 +52,14 @@ class Guard:
         async def guarded_send(message: Message) -> None:
             if message["type"] == "http.response.start":
                 message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
-                if has_body_left:
+                if is_last:
                     message["headers"].append(_CLOSE)
             await send(message)
 
         try:
             sent_id = _check_head(scope)
         except (HttpError, InvalidRequestError) as error:
+            is_last = True
             await send_error(guarded_send, error)
             return
         request_id = sent_id or request_id

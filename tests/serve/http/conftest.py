@@ -5,6 +5,7 @@ import contextlib
 import json
 from types import SimpleNamespace
 
+import grpc
 import openai
 import pytest
 
@@ -12,6 +13,9 @@ from jaxserve.tokenization.ascii_tokenizer import AsciiTokenizer
 from serve.http.app import HttpApp, Served
 from serve.http.server import HttpServer
 from serve.progress import ProgressProbe
+from serve.protos.jaxserve.v1 import jaxserve_pb2, jaxserve_pb2_grpc
+from serve.rpc.server import RpcServer
+from serve.rpc.service import GenerationService
 
 TEMPLATE = (
     "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}"
@@ -135,5 +139,32 @@ def with_http(client, new_running):
                     return await body(served)
 
         return asyncio.run(main())
+
+    return run
+
+
+@pytest.fixture
+def with_both_doors(with_http):
+    """Like with_http, with a `generate(prompt, max_tokens)` that calls the same requests over gRPC."""
+
+    def run(body, **options):
+        async def both(served):
+            server = RpcServer("127.0.0.1", 0)
+            await server.start(GenerationService(served.running), with_reflection=False)
+            try:
+                async with grpc.aio.insecure_channel(server.endpoint) as channel:
+                    stub = jaxserve_pb2_grpc.GenerationServiceStub(channel)
+
+                    async def generate(text, max_tokens, request_id=""):
+                        sampling = jaxserve_pb2.SamplingParams(max_tokens=max_tokens)
+                        request = jaxserve_pb2.GenerateRequest(text=text, sampling=sampling, request_id=request_id)
+                        return [message async for message in stub.Generate(request)]
+
+                    served.generate = generate
+                    return await body(served)
+            finally:
+                await server.stop(0.5)
+
+        return with_http(both, **options)
 
     return run
