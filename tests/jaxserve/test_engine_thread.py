@@ -204,9 +204,11 @@ def test_compilations_are_counted_from_ready_on(config, runner):
 
 def test_stats_are_a_snapshot(thread, runner):
     assert thread.stats().is_alive
+    assert not thread.stats().has_work
     gate = Gate(runner)
     inbox = Inbox()
     thread.submit(toy_request("a", PROMPT[:4], max_tokens=2), inbox)
+    assert thread.stats().has_work, "from the moment it is submitted, whatever the engine has seen of it"
     assert gate.reached.wait(TIMEOUT_S)
     gate.open.set()
     inbox.end()
@@ -215,6 +217,7 @@ def test_stats_are_a_snapshot(thread, runner):
     assert (stats.num_running, stats.num_prompt_tokens, stats.num_generated_tokens) == (0, 4, 2)
     assert stats.num_free_pages == stats.num_pages
     assert stats.is_draining
+    assert not stats.has_work
 
 
 # --- the end --------------------------------------------------------------------------------------------------------------
