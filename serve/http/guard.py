@@ -126,9 +126,8 @@ def _check_head(scope: Scope) -> str | None:
     names = [name for name, _ in headers]
     if b"transfer-encoding" in names and (b"content-length" in names or names.count(b"transfer-encoding") > 1):
         raise HttpError(400, "Content-Length and Transfer-Encoding exclude each other: send one of them, once.")
-    # An HTTP/1.0 client, as some health checks are, need not send one.
-    if names.count(b"host") > 1 or (b"host" not in names and scope["http_version"] != "1.0"):
-        raise HttpError(400, "Exactly one Host header is needed.")
+    if scope["http_version"] not in ("1.0", "1.1"):  # h11 takes any; of these two it has checked the Host
+        raise HttpError(505, "This version of HTTP is not spoken here: use 1.1.")
     encodings = [value for name, value in headers if name == b"content-encoding"]
     if encodings and encodings != [b"identity"]:
         raise HttpError(415, "A body with a Content-Encoding is not taken: send it as it is.")

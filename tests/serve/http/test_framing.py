@@ -42,7 +42,7 @@ def statuses(answer):
         (b"GET /health HTTP/1.1\r\n" + HOST + b"A: \x00\r\n\r\n", 400),
         (b"GET /health HTTP/1.1\r\n" + HOST + b"A : b\r\n\r\n", 400),
         (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", 400),
-        (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 400),
+        (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 505),
     ],
     ids=range(19),
 )
