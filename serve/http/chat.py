@@ -10,6 +10,7 @@ from jaxserve.tokenization.chat_template import encode_chat
 from jaxserve.tokenization.tokenizer import Tokenizer
 from serve.errors import relocated
 from serve.http.calls import Call, joined, shown_logprob
+from serve.http.errors import HttpError
 from serve.http.fields import COMMON, check_model, flag, given_fields, sampling_params, stream_options
 from serve.logprobs import most_likely
 from serve.running import RunningRequests
@@ -48,7 +49,7 @@ def read_call(body: dict[str, Any], call_id: str, running: RunningRequests, chat
 
     Raises:
         InvalidRequestError: names the field.
-        WrongModelError, NoTokenizerError: not to be had here.
+        WrongModelError, NoTokenizerError, HttpError: not to be had here.
     """
     given = given_fields(body, _KNOWN)
     check_model(given, running.config.model_name)
@@ -56,11 +57,11 @@ def read_call(body: dict[str, Any], call_id: str, running: RunningRequests, chat
     sampling = _sampling(given)
     template = chat_template or tokenizer.chat_template
     if template is None:
-        raise InvalidRequestError(
-            "messages",
-            "a conversation",
-            "a prompt for /v1/completions, because the served model has no chat template",
-            "Or start the server with --chat-template FILE.",
+        raise HttpError(
+            400,
+            "The served model has no chat template: send a prompt to /v1/completions, or start the server with "
+            "--chat-template FILE.",
+            "no_chat_template",
         )
     messages = given.get("messages")
     if isinstance(messages, list) and len(messages) > MAX_MESSAGES:

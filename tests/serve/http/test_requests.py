@@ -131,7 +131,7 @@ def test_64_levels_are_taken(ask):
 
 def test_a_model_without_a_chat_template_says_what_else_there_is(ask):
     status, error = ask(CHAT, valid(CHAT), tokenizer=AsciiTokenizer())
-    assert (status, error["param"]) == (400, "messages")
+    assert (status, error["code"]) == (400, "no_chat_template")
     assert "/v1/completions" in error["message"]
     assert "--chat-template" in error["message"]
 
