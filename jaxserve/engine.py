@@ -124,8 +124,9 @@ class Engine:
         token = committed.token
         stream.num_generated += 1
         self._num_generated_tokens += 1
+        made_s = time.monotonic()
         if stream.timings.first_token is None:
-            stream.timings.first_token = time.monotonic()
+            stream.timings.first_token = made_s
         reason, stop_reason = committed.finish_reason, committed.stop_reason
         text = self._push_text(stream, token.token_id, is_stop_token=reason == "stop")
         if stream.text is not None and stream.text.stopped_by is not None:
@@ -133,7 +134,9 @@ class Engine:
             reason, stop_reason = "stop", stream.text.stopped_by
         logprobs = self._logprobs(token)
         if reason is not None:
-            return self._last_delta(stream, [token.token_id], logprobs, reason, stop_reason, text=text)
+            last = self._last_delta(stream, [token.token_id], logprobs, reason, stop_reason, text=text)
+            last.made_s = made_s
+            return last
         return TokenDelta(
             committed.request_id,
             text,
@@ -141,6 +144,7 @@ class Engine:
             logprobs,
             num_prompt_tokens=len(stream.request.prompt_token_ids),
             num_cached_tokens=stream.num_cached_tokens,
+            made_s=made_s,
         )
 
     def _push_text(self, stream: _Stream, token_id: int, *, is_stop_token: bool) -> str:

@@ -52,6 +52,7 @@ class TokenDelta:
         finish_reason: "stop", "length", "abort" or "error".
         stop_reason: the stop string or stop token id that ended it; None for the end-of-sequence token.
         error: the exception, when finish_reason is "error".
+        made_s: when its token was read back [s, time.monotonic]; None without one.
     """
 
     request_id: str
@@ -64,6 +65,7 @@ class TokenDelta:
     num_cached_tokens: int = 0
     timings: RequestTimings | None = None
     error: Exception | None = None
+    made_s: float | None = None
 
 
 @dataclass(slots=True)

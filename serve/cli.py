@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -22,6 +22,9 @@ from jaxserve.config import EngineConfig
 from jaxserve.errors import ConfigError, JaxserveError
 from serve.flags import with_flags
 from serve.settings import ServerConfig, load
+
+if TYPE_CHECKING:
+    from serve.doors import Endpoints
 
 TRACEBACK_VARIABLE = "JAXSERVE_TRACEBACK"
 EXAMPLE_PROMPT = "def fib(n):"
@@ -66,7 +69,7 @@ def _root(
 @app.command()
 @with_flags(EngineConfig, ServerConfig)
 def serve(*, config: ConfigOption = None, **settings: Any) -> None:
-    """Serve a model over gRPC until SIGTERM.
+    """Serve a model over gRPC and HTTP until SIGTERM.
 
     Every setting is a flag, a JAXSERVE_* environment variable (JAXSERVE_GRPC_PORT) or a key of --config; the first of
     these that has it wins.
@@ -254,13 +257,19 @@ def _log_to_stderr(level: str) -> None:
         logging.getLogger(name).setLevel(level.upper())
 
 
-def _say_ready(model: str, endpoint: str, seconds: float) -> None:
-    for host, reachable in (("0.0.0.0:", "127.0.0.1:"), ("[::]:", "[::1]:")):
-        if endpoint.startswith(host):
-            endpoint = reachable + endpoint.removeprefix(host)
-    typer.echo(f"jaxserve ready: model {model}, endpoint {endpoint}, started in {seconds:.1f} s")
+def _say_ready(model: str, endpoints: "Endpoints", seconds: float) -> None:
+    endpoint = _reachable(endpoints.grpc)
+    api = "" if endpoints.http is None else f", OpenAI API http://{_reachable(endpoints.http)}/v1"
+    typer.echo(f"jaxserve ready: model {model}, endpoint {endpoint}{api}, started in {seconds:.1f} s")
     typer.echo(f'try: {how_to_call()} generate "{EXAMPLE_PROMPT}" --endpoint {endpoint}')
     sys.stdout.flush()
+
+
+def _reachable(endpoint: str) -> str:
+    for host, reachable in (("0.0.0.0:", "127.0.0.1:"), ("[::]:", "[::1]:")):
+        if endpoint.startswith(host):
+            return reachable + endpoint.removeprefix(host)
+    return endpoint
 
 
 def how_to_call() -> str:

@@ -1,7 +1,7 @@
-"""From start to exit: take the port, build the engine, serve, drain on a signal, leave.
+"""From start to exit: take the ports, build the engine, serve on both doors, drain on a signal, leave.
 
-    SIGTERM or SIGINT   health NOT_SERVING at once, new requests UNAVAILABLE, running ones finish within drain_timeout_s,
-                        what is left then ends UNAVAILABLE; exit status 0
+    SIGTERM or SIGINT   health NOT_SERVING (503) at once, new requests UNAVAILABLE (503), running ones finish within
+                        drain_timeout_s, what is left then ends UNAVAILABLE; exit status 0
     a second one        the same without waiting
     engine dead         as a signal, without waiting; exit status 1
     engine hanging      (no step finished within step_timeout_s) is dead
@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Any
 from jaxserve.async_engine import AsyncEngine
 from jaxserve.engine_client import EngineClient
 from serve.admission import Admission
-from serve.rpc.server import RpcServer
-from serve.rpc.service import GenerationService
+from serve.doors import Endpoints, open_doors
+from serve.metrics import ServiceMetrics
+from serve.running import RunningRequests
 from serve.settings import ServerConfig
 
 if TYPE_CHECKING:
@@ -61,45 +62,45 @@ class StopRequests:
 async def run(
     build: Callable[[], "BuiltEngine"],
     config: ServerConfig,
-    on_ready: Callable[[str, str, float], None],
+    on_ready: Callable[[str, Endpoints, float], None],
     stops: StopRequests | None = None,
 ) -> int:
     """Serves until stopped.
 
     Args:
         build: makes the engine; runs in a thread of its own.
-        on_ready: called with model name, endpoint and start-up seconds.
+        on_ready: called with model name, endpoints and start-up seconds.
         stops: None listens to SIGTERM and SIGINT.
 
     Returns:
         The exit status: 0 after a drain, 1 after the engine's death.
 
     Raises:
-        ConfigError: the port cannot be bound.
+        ConfigError: a port cannot be bound.
         Exception: what build raised.
     """
     started_s = time.monotonic()
     if stops is None:
         stops = StopRequests()
         stops.listen_to_signals()
-    server = RpcServer(config.host, config.grpc_port)
+    doors = await open_doors(config)
     try:
         built = await _in_daemon_thread(build, stops.first)
         if built is None:
             return 0
-        service = _service(built, config)
-        await server.start(service, with_reflection=config.reflection)
-        on_ready(built.config.model_name, server.endpoint, time.monotonic() - started_s)
+        running = _running(built, config)
+        await doors.start(running)
+        on_ready(built.config.model_name, doors.endpoints, time.monotonic() - started_s)
         death = asyncio.ensure_future(_until_death(built.client, config.step_timeout_s))
         await _first_of(death, stops.first.wait())
-        service.refuse_new()
-        await server.set_draining()
-        await _first_of(death, service.wait_idle(), stops.second.wait(), timeout_s=config.drain_timeout_s)
+        running.refuse_new()
+        await doors.set_draining()
+        await _first_of(death, running.wait_idle(), stops.second.wait(), timeout_s=config.drain_timeout_s)
         death.cancel()
-        await _end_streams(service, built.client)
+        await _end_streams(running, built.client)
         status = 0 if built.client.stats().is_alive else 1
     finally:
-        await server.stop(grace_s=0.5)
+        await doors.stop()
     if not await _in_daemon_thread(lambda: built.close() or True, deadline_s=STOP_TIMEOUT_S):
         log.error("the engine has not ended within %g s", STOP_TIMEOUT_S)
     return status
@@ -116,15 +117,16 @@ def leave(status: int) -> None:
     os._exit(status)
 
 
-def _service(built: "BuiltEngine", config: ServerConfig) -> GenerationService:
+def _running(built: "BuiltEngine", config: ServerConfig) -> RunningRequests:
     resolved = built.config
     max_tokens = config.max_queued_tokens or 4 * resolved.num_pages * resolved.page_size
-    return GenerationService(
+    return RunningRequests(
         AsyncEngine(built.client, max_pending_tokens=config.max_pending_tokens),
         built.requests,
         built.tokenizer,
         resolved,
         Admission(resolved.max_num_seqs + config.max_queued_requests, max_tokens),
+        ServiceMetrics(resolved.model_name, built.client.stats),
         write_timeout_s=config.write_timeout_s,
     )
 
@@ -178,21 +180,21 @@ async def _first_of(death: asyncio.Future, *events: Coroutine[Any, Any, object],
         wait.cancel()
 
 
-async def _end_streams(service: GenerationService, engine: EngineClient) -> None:
-    num_ended = service.stop()
+async def _end_streams(running: RunningRequests, engine: EngineClient) -> None:
+    num_ended = running.stop()
     if not num_ended:
         return
     log.warning("%d requests were ended before they were finished", num_ended)
-    if not await _is_idle_within(service, STOP_TIMEOUT_S) and engine.stats().stalled_s >= STOP_TIMEOUT_S:
+    if not await _is_idle_within(running, STOP_TIMEOUT_S) and engine.stats().stalled_s >= STOP_TIMEOUT_S:
         engine.abandon("The engine hangs; start a new one.")
-    if not await _is_idle_within(service, ABANDON_TIMEOUT_S):
+    if not await _is_idle_within(running, ABANDON_TIMEOUT_S):
         log.warning("some clients do not read; their streams are cut off")
 
 
-async def _is_idle_within(service: GenerationService, timeout_s: float) -> bool:
+async def _is_idle_within(running: RunningRequests, timeout_s: float) -> bool:
     try:
         async with asyncio.timeout(timeout_s):
-            await service.wait_idle()
+            await running.wait_idle()
     except TimeoutError:
         return False
     return True

@@ -32,18 +32,25 @@ class ServerConfig:
     Attributes:
         host: address to listen on; the default can be reached from this machine alone.
         grpc_port: 0 takes a free one.
+        http: whether the OpenAI-compatible HTTP front door is open.
+        http_port: 0 takes a free one.
+        chat_template: a file with the Jinja template of /v1/chat/completions; None takes the model's own.
         drain_timeout_s: after SIGTERM, for running requests to finish [s].
-        max_queued_requests: most requests that wait beyond max_num_seqs; more are refused with RESOURCE_EXHAUSTED.
+        max_queued_requests: most requests that wait beyond max_num_seqs; more are refused with RESOURCE_EXHAUSTED or 429.
         max_queued_tokens: most prompt tokens of all requests that run or wait; None is four times the KV pool.
         max_pending_tokens: most tokens kept for one client that reads slowly; one more, and its request is aborted.
         write_timeout_s: for a client to take a message before its request is aborted [s].
-        step_timeout_s: for the engine to finish one step; longer, and it counts as dead: streams end, exit status 1 [s].
+        step_timeout_s: for the engine to finish one step; after half of it /health is 503, after it streams end and the exit
+            status is 1 [s].
         reflection: whether grpc.reflection is offered.
         log_level: debug, info, warning or error; info has one line a request, never its text.
     """
 
     host: str = "127.0.0.1"
     grpc_port: int = 8001
+    http: bool = True
+    http_port: int = 8000
+    chat_template: str | None = None
     drain_timeout_s: float = 30.0
     max_queued_requests: int = 1024
     max_queued_tokens: int | None = None
@@ -56,6 +63,7 @@ class ServerConfig:
     def __post_init__(self) -> None:
         _check("host", self.host, bool(self.host), "an address or a host name")
         _check("grpc_port", self.grpc_port, 0 <= self.grpc_port <= 65535, "in [0, 65535]")
+        _check("http_port", self.http_port, 0 <= self.http_port <= 65535, "in [0, 65535]")
         _check("drain_timeout_s", self.drain_timeout_s, 0 <= self.drain_timeout_s <= 86400, "in [0, 86400] seconds")
         _check("max_queued_requests", self.max_queued_requests, 0 <= self.max_queued_requests < 2**31, "in [0, 2**31)")
         if self.max_queued_tokens is not None:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from jaxserve.errors import JaxserveError
 from jaxserve.outputs import Logprob, TokenDelta, TokenLogprobs
+from serve.logprobs import most_likely
 from serve.protos.jaxserve.v1 import jaxserve_pb2
 
 _FINISH_REASONS = {
@@ -47,14 +48,10 @@ def usage(last: TokenDelta, num_completion_tokens: int) -> jaxserve_pb2.Usage:
 
 
 def token_logprobs(token_id: int, entries: TokenLogprobs, num_logprobs: int) -> jaxserve_pb2.TokenLogprobs:
-    """The chosen token, and the num_logprobs most likely ones by rank.
-
-    entries has the chosen token besides the most likely ones: with num_logprobs = 2 and a chosen token of rank 7 it has three.
-    """
-    ranked = sorted(entries.items(), key=lambda item: item[1].rank)
-    most_likely = [item for item in ranked if item[1].rank <= num_logprobs][:num_logprobs]
+    """The chosen token, and the num_logprobs most likely ones by rank."""
     return jaxserve_pb2.TokenLogprobs(
-        chosen=_token_logprob(token_id, entries[token_id]), top=[_token_logprob(*item) for item in most_likely]
+        chosen=_token_logprob(token_id, entries[token_id]),
+        top=[_token_logprob(*item) for item in most_likely(entries, num_logprobs)],
     )
 
 

@@ -1,12 +1,12 @@
 """The gRPC server: its limits, its address, and which services it offers. Knows nothing of what they do."""
 
 import logging
-import socket
 
 import grpc
 from grpc_reflection.v1alpha import reflection
 
 from jaxserve.errors import ConfigError
+from serve.addresses import join, listening_socket, warn_if_open
 from serve.protos.jaxserve.v1 import jaxserve_pb2
 from serve.rpc.guard import add_guarded
 from serve.rpc.health import Health
@@ -48,7 +48,7 @@ class RpcServer:
         self._is_started = False
         address = join(host, port)
         try:
-            _try_to_bind(host, port)
+            listening_socket(host, port).close()  # gRPC's own error has no reason, and a line in its log
             self.port = self._server.add_insecure_port(address)
         except (OSError, RuntimeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "gRPC could not"
@@ -57,8 +57,7 @@ class RpcServer:
             ) from None
         self.endpoint = join(host, self.port)
         log.info("gRPC listens on %s, without TLS", self.endpoint)
-        if host not in ("127.0.0.1", "::1", "localhost"):
-            log.warning("%s can be reached from other machines, and asks nobody for a key", self.endpoint)
+        warn_if_open(self.endpoint, host)
 
     async def start(self, service: GenerationService, *, with_reflection: bool) -> None:
         """Serves; health says SERVING from now on."""
@@ -80,17 +79,3 @@ class RpcServer:
         if not self._is_started:  # grpc.aio keeps the port of a server that was never started (1.85.1)
             await self._server.start()
         await self._server.stop(grace_s)
-
-
-def join(host: str, port: int) -> str:
-    """127.0.0.1:8001, or [::1]:8001."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-def _try_to_bind(host: str, port: int) -> None:
-    """Raises the OSError that says what is wrong: gRPC has a line in its own log and an error without a reason."""
-    family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    with socket.socket(family, kind) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as gRPC does, or a restart would wait a minute
-        probe.bind(address)
-        probe.listen()

@@ -4,22 +4,18 @@ Knows the proto and the limits that stand in its comments. What depends on the m
 `RequestFactory`; `located` gives those errors the proto's path too.
 """
 
-import re
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from jaxserve.errors import InvalidRequestError
 from jaxserve.request import SamplingParams
-from serve.errors import WrongModelError
+from serve.errors import WrongModelError, relocated
+from serve.limits import check_request_id, check_stops
 from serve.protos.jaxserve.v1 import jaxserve_pb2
 
-MAX_STOP_STRINGS = 16
-MAX_STOP_CHARS = 256
-MAX_STOP_TOKEN_IDS = 128
 MAX_ABORT_IDS = 1024
 REQUEST_ID_METADATA = "x-request-id"
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 _OPTIONAL = (
     "temperature",
@@ -85,19 +81,9 @@ def sampling_params(wire: jaxserve_pb2.SamplingParams) -> SamplingParams:
     """Unset fields take the defaults of `jaxserve.SamplingParams`."""
     if wire.logprobs_mode not in jaxserve_pb2.LogprobsMode.values():
         raise InvalidRequestError("sampling.logprobs_mode", wire.logprobs_mode, "a known LogprobsMode")
-    if len(wire.stop) > MAX_STOP_STRINGS:
-        raise InvalidRequestError("sampling.stop", f"{len(wire.stop)} strings", f"at most {MAX_STOP_STRINGS} strings")
-    for text in wire.stop:
-        if len(text) > MAX_STOP_CHARS:
-            raise InvalidRequestError(
-                "sampling.stop", f"a string of {len(text)} characters", f"strings of at most {MAX_STOP_CHARS} characters"
-            )
-    if len(wire.stop_token_ids) > MAX_STOP_TOKEN_IDS:
-        raise InvalidRequestError(
-            "sampling.stop_token_ids", f"{len(wire.stop_token_ids)} ids", f"at most {MAX_STOP_TOKEN_IDS} ids"
-        )
     given = {name: getattr(wire, name) for name in _OPTIONAL if wire.HasField(name)}
     try:
+        check_stops(wire.stop, wire.stop_token_ids)
         return SamplingParams(stop=list(wire.stop), stop_token_ids=list(wire.stop_token_ids), **given)
     except InvalidRequestError as error:
         raise located(error) from None
@@ -128,9 +114,7 @@ def located(error: InvalidRequestError, prompt_path: str = "text") -> InvalidReq
         path = f"sampling.{name}"
     else:
         return error
-    error.args = (path + str(error).removeprefix(name),)
-    error.parameter = path
-    return error
+    return relocated(error, path)
 
 
 def _prompt(request: jaxserve_pb2.GenerateRequest, max_model_len: int) -> str | tuple[int, ...]:
@@ -163,7 +147,4 @@ def _request_id(field: str, metadata: Sequence[tuple[str, str | bytes]]) -> str:
     sent = [str(value) for key, value in metadata if key == REQUEST_ID_METADATA]
     if len(set(sent)) > 1 or (field and sent and sent[0] != field):
         raise InvalidRequestError("request_id", field or sent, f"equal to the {REQUEST_ID_METADATA} metadata, or alone")
-    request_id = field or (sent[0] if sent else uuid.uuid4().hex)
-    if not _REQUEST_ID.fullmatch(request_id):
-        raise InvalidRequestError("request_id", request_id, "1 to 128 characters out of A-Z a-z 0-9 . _ : -")
-    return request_id
+    return check_request_id("request_id", field or (sent[0] if sent else uuid.uuid4().hex))

@@ -276,6 +276,11 @@ def test_timings_are_in_order_and_only_in_the_last_delta():
         driver.add(name, PROMPT[:4], max_tokens=3)
     driver.run()
     a, b = (driver.deltas[name][-1].timings for name in "ab")
+    for name, timings in (("a", a), ("b", b)):
+        made_s = [delta.made_s for delta in driver.deltas[name]]
+        assert made_s == sorted(made_s)
+        assert made_s[0] == timings.first_token
+        assert made_s[-1] <= timings.finished
     for t in (a, b):
         assert t.arrived <= t.scheduled <= t.first_token <= t.finished
     assert b.scheduled >= a.first_token, "there is one row"

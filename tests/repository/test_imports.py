@@ -53,6 +53,7 @@ def test_what_starts_in_milliseconds_imports_no_jax():
         "jaxserve.async_engine",
         "serve.cli",
         "serve.rpc.server",
+        "serve.http.server",
     ]
     code = f"""
 import importlib, sys
@@ -67,8 +68,17 @@ for module in {modules}:
 def test_the_engine_core_needs_only_what_a_bare_gpu_machine_has():
     """jax, flax, numpy, orbax and a tokenizer: everything else is blocked, as if it were not installed."""
     blocked = ["grpc", "grpc_health", "grpc_reflection", "grpc_status", "huggingface_hub", "jinja2", "pydantic_settings"]
-    blocked += ["torch", "transformers", "typer"]
+    blocked += ["starlette", "torch", "transformers", "typer", "uvicorn"]
     _python(f"import sys; sys.modules.update(dict.fromkeys({blocked})); import jaxserve; jaxserve.LLM")
+
+
+def test_who_turns_http_off_does_not_load_it():
+    code = """
+import sys
+import serve.cli, serve.lifecycle, serve.rpc.server
+raise SystemExit(" ".join({"starlette", "uvicorn"} & set(sys.modules)) or None)
+"""
+    assert _python(code) == ""
 
 
 def test_the_siblings_are_imported_by_module():

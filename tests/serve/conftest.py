@@ -5,6 +5,7 @@ And the service on a real socket around it, for tests that speak gRPC from this 
 
 import asyncio
 import contextlib
+import functools
 import queue
 import threading
 import time
@@ -17,13 +18,15 @@ from jaxserve.async_engine import AsyncEngine
 from jaxserve.config import ResolvedConfig
 from jaxserve.engine_client import EngineStats
 from jaxserve.errors import DrainingError, EngineDeadError
-from jaxserve.outputs import Logprob, TokenDelta
+from jaxserve.outputs import Logprob, RequestTimings, TokenDelta
 from jaxserve.request_factory import RequestFactory
 from jaxserve.tokenization.ascii_tokenizer import AsciiTokenizer
 from serve.admission import Admission
+from serve.metrics import ServiceMetrics
 from serve.protos.jaxserve.v1 import jaxserve_pb2_grpc
 from serve.rpc.server import RpcServer
 from serve.rpc.service import GenerationService
+from serve.running import RunningRequests
 
 
 class FakeClient:
@@ -45,7 +48,9 @@ class FakeClient:
         self.gate.set()
         self.aborted, self.finished = [], []
         self.submitted = []
+        self.num_steps = self.num_prompt_tokens = self.num_generated_tokens = 0
         self.is_alive = True
+        self.stalled_s = 0.0
         self.is_closed = False
         self._inbox = queue.SimpleQueue()
         self._running = {}
@@ -64,7 +69,16 @@ class FakeClient:
         self._inbox.put(("abort", tuple(request_ids), None))
 
     def stats(self):
-        return EngineStats(num_running=len(self._running), is_alive=self.is_alive)
+        return EngineStats(
+            num_running=len(self._running),
+            num_pages=64,
+            num_free_pages=64 - len(self._running),
+            num_steps=self.num_steps,
+            num_prompt_tokens=self.num_prompt_tokens,
+            num_generated_tokens=self.num_generated_tokens,
+            stalled_s=self.stalled_s,
+            is_alive=self.is_alive,
+        )
 
     def drain(self, timeout_s=None):
         return True
@@ -82,6 +96,7 @@ class FakeClient:
             while not self._inbox.empty():
                 verb, what, listener = self._inbox.get()
                 if verb == "submit":
+                    self.num_prompt_tokens += len(what.prompt_token_ids)
                     self._running[what.request_id] = (what, listener, 0)
                 else:
                     for request_id in what:
@@ -94,12 +109,14 @@ class FakeClient:
             time.sleep(self.step_s)
 
     def _step(self):
+        self.num_steps += bool(self._running)
         for request_id, (request, listener, num) in list(self._running.items()):
             if num == self.fail_at:
                 del self._running[request_id]
                 listener([TokenDelta(request_id, "", [], finish_reason="error", error=self.error)])
                 continue
             is_last = num + 1 == request.sampling.max_tokens
+            self.num_generated_tokens += 1
             delta = self._delta(request, [32 + num % 95], num, "length" if is_last else None)
             if is_last:
                 del self._running[request_id]
@@ -109,6 +126,7 @@ class FakeClient:
             listener([delta])
 
     def _delta(self, request, token_ids, num, finish_reason):
+        now = time.monotonic()
         logprobs = None
         if request.sampling.logprobs is not None:
             logprobs = [
@@ -122,6 +140,8 @@ class FakeClient:
             finish_reason,
             num_prompt_tokens=len(request.prompt_token_ids),
             num_cached_tokens=3,
+            timings=None if finish_reason is None else RequestTimings(now - 0.4, now - 0.3, now - 0.2, now),
+            made_s=now if token_ids else None,
         )
 
 
@@ -162,24 +182,29 @@ def built_engine(client, tokenizer):
     )
 
 
-@contextlib.asynccontextmanager
-async def serving(client, *, tokenizer, max_requests=8, max_tokens=None, max_pending_tokens=4096, write_timeout_s=30.0):
-    """Yields service, stub and channel; nothing may be left open or running afterwards."""
+def running_requests(client, tokenizer, *, max_requests=8, max_tokens=None, max_pending_tokens=4096, write_timeout_s=30.0):
     built = built_engine(client, tokenizer)
-    service = GenerationService(
+    return RunningRequests(
         AsyncEngine(client, max_pending_tokens=max_pending_tokens),
         built.requests,
         tokenizer,
         built.config,
         Admission(max_requests, max_tokens),
+        ServiceMetrics(built.config.model_name, client.stats),
         write_timeout_s=write_timeout_s,
     )
+
+
+@contextlib.asynccontextmanager
+async def serving(client, *, tokenizer, **limits):
+    """Yields service, stub and channel; nothing may be left open or running afterwards."""
+    running = running_requests(client, tokenizer, **limits)
     server = RpcServer("127.0.0.1", 0)
-    await server.start(service, with_reflection=True)
+    await server.start(GenerationService(running), with_reflection=True)
     try:
         async with grpc.aio.insecure_channel(server.endpoint) as channel:
             yield SimpleNamespace(
-                service=service,
+                service=running,
                 channel=channel,
                 server=server,
                 stub=jaxserve_pb2_grpc.GenerationServiceStub(channel),
@@ -200,6 +225,12 @@ def client():
 def built(client):
     """What `jaxserve.build.build` would return, around the fake."""
     return built_engine(client, AsciiTokenizer())
+
+
+@pytest.fixture
+def new_running(client):
+    """Makes what the doors share, around the fake; for a running event loop."""
+    return functools.partial(running_requests, client)
 
 
 @pytest.fixture

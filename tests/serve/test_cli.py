@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 import jaxserve
 from jaxserve.errors import CheckpointError
 from serve import cli, lifecycle
+from serve.doors import Endpoints
 
 ROOT = Path(cli.__file__).resolve().parent.parent
 
@@ -168,7 +169,7 @@ def test_serve_merges_its_settings_and_exits_with_the_lifecycles_status(run, con
     async def fake_run(build, config, on_ready):
         assert build() is built
         seen.append(config)
-        on_ready("toy", "0.0.0.0:8001", 1.25)
+        on_ready("toy", Endpoints("0.0.0.0:8001", "0.0.0.0:8000"), 1.25)
         return 7
 
     monkeypatch.setattr(lifecycle, "run", fake_run)
@@ -180,7 +181,9 @@ def test_serve_merges_its_settings_and_exits_with_the_lifecycles_status(run, con
     assert configs[0].model == "toy"
     assert (seen[0].grpc_port, seen[0].reflection, seen[0].log_level) == (2, False, "error")
     first, second = result.stdout.splitlines()
-    assert first == "jaxserve ready: model toy, endpoint 127.0.0.1:8001, started in 1.2 s"
+    assert (
+        first == "jaxserve ready: model toy, endpoint 127.0.0.1:8001, OpenAI API http://127.0.0.1:8000/v1, started in 1.2 s"
+    )
     assert second.startswith("try: ")
     assert second.endswith(' generate "def fib(n):" --endpoint 127.0.0.1:8001')
 

@@ -77,9 +77,9 @@ async def running(device, step_timeout_s=STEP_TIMEOUT_S, **settings):
     )
     stops = StopRequests()
     ready = asyncio.get_running_loop().create_future()
-    settings = ServerConfig(grpc_port=0, step_timeout_s=step_timeout_s, **settings)
+    settings = ServerConfig(grpc_port=0, http_port=0, step_timeout_s=step_timeout_s, **settings)
     task = asyncio.create_task(lifecycle.run(lambda: built, settings, lambda *said: ready.set_result(said[1]), stops))
-    async with asyncio.timeout(TIMEOUT_S), grpc.aio.insecure_channel(await ready) as channel:
+    async with asyncio.timeout(TIMEOUT_S), grpc.aio.insecure_channel((await ready).grpc) as channel:
         yield SimpleNamespace(task=task, client=client, stops=stops, channel=channel, stub=stub_of(channel))
         assert task.done()
 

@@ -4,11 +4,13 @@ import threading
 from types import SimpleNamespace
 
 import grpc
+import openai
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from jaxserve.errors import ConfigError
 from serve import lifecycle
+from serve.doors import open_doors
 from serve.lifecycle import StopRequests
 from serve.protos.jaxserve.v1 import jaxserve_pb2 as pb
 from serve.protos.jaxserve.v1 import jaxserve_pb2_grpc
@@ -22,15 +24,16 @@ async def running(built, **settings):
     """Yields a server that is ready; its exit status is `status` afterwards."""
     stops = StopRequests()
     ready = asyncio.get_running_loop().create_future()
-    config = ServerConfig(grpc_port=0, **settings)
+    config = ServerConfig(grpc_port=0, http_port=0, **settings)
     server = asyncio.create_task(lifecycle.run(lambda: built, config, lambda *said: ready.set_result(said), stops))
-    model, endpoint, seconds = await asyncio.wait_for(ready, 10)
+    model, endpoints, seconds = await asyncio.wait_for(ready, 10)
     assert (model, 0 <= seconds < 10) == ("fake", True)
-    async with grpc.aio.insecure_channel(endpoint) as channel:
+    async with grpc.aio.insecure_channel(endpoints.grpc) as channel:
         yield SimpleNamespace(
             stops=stops,
             task=server,
-            endpoint=endpoint,
+            endpoint=endpoints.grpc,
+            http=endpoints.http,
             stub=jaxserve_pb2_grpc.GenerationServiceStub(channel),
             health=health_pb2_grpc.HealthStub(channel),
         )
@@ -108,7 +111,7 @@ def test_a_stop_before_ready_does_not_wait_for_the_engine():
 
     async def body():
         stops = StopRequests()
-        task = asyncio.create_task(lifecycle.run(never.wait, ServerConfig(grpc_port=0), pytest.fail, stops))
+        task = asyncio.create_task(lifecycle.run(never.wait, ServerConfig(grpc_port=0, http_port=0), pytest.fail, stops))
         await asyncio.sleep(0.1)
         stops.add("test")
         return await asyncio.wait_for(task, 5)
@@ -127,7 +130,7 @@ def test_an_engine_that_cannot_be_built_frees_the_port():
         probe.close()
         for _ in range(2):
             with pytest.raises(ConfigError, match="page_size must be smaller"):
-                await lifecycle.run(build, ServerConfig(grpc_port=port), pytest.fail, StopRequests())
+                await lifecycle.run(build, ServerConfig(grpc_port=port, http_port=0), pytest.fail, StopRequests())
 
     asyncio.run(body())
 
@@ -137,7 +140,7 @@ def test_a_taken_port_is_known_before_anything_is_built():
         taken = await asyncio.start_server(lambda *_: None, "127.0.0.1", 0)
         port = taken.sockets[0].getsockname()[1]
         with pytest.raises(ConfigError, match="cannot be bound"):
-            await lifecycle.run(pytest.fail, ServerConfig(grpc_port=port), pytest.fail, StopRequests())
+            await lifecycle.run(pytest.fail, ServerConfig(grpc_port=port, http_port=0), pytest.fail, StopRequests())
         taken.close()
 
     asyncio.run(body())
@@ -159,3 +162,96 @@ def test_the_limits_of_the_settings_reach_the_service(built, client):
             assert await asyncio.wait_for(server.task, 10) == 0
 
     asyncio.run(body())
+
+
+def test_a_drain_covers_http(built, client):
+    async def body():
+        async with (
+            running(built) as server,
+            openai.AsyncOpenAI(base_url=f"http://{server.http}/v1", api_key="none", max_retries=0) as api,
+        ):
+            stream = await api.completions.create(model="fake", prompt="a", max_tokens=300, stream=True)
+            chunks = aiter(stream)
+            text = (await anext(chunks)).choices[0].text
+            client.gate.clear()
+            server.stops.add("test")
+            await asyncio.sleep(0.05)
+            with pytest.raises(openai.APIStatusError) as caught:
+                await api.completions.create(model="fake", prompt="a")
+            assert caught.value.status_code == 503
+            assert not server.task.done()
+            client.gate.set()
+            text += "".join([chunk.choices[0].text async for chunk in chunks])
+            assert text == "".join(chr(32 + i % 95) for i in range(300))
+            assert await asyncio.wait_for(server.task, 10) == 0
+            port = int(server.http.rpartition(":")[2])
+        (await asyncio.start_server(lambda *_: None, "127.0.0.1", port)).close()  # the port is free
+
+    asyncio.run(body())
+    assert client.aborted == []
+
+
+def test_an_http_stream_that_does_not_finish_ends_with_an_error(built, client):
+    async def body():
+        async with (
+            running(built, drain_timeout_s=0.2) as server,
+            openai.AsyncOpenAI(base_url=f"http://{server.http}/v1", api_key="none", max_retries=0) as api,
+        ):
+            stream = await api.completions.create(model="fake", prompt="a", max_tokens=4000, stream=True)
+            chunks = aiter(stream)
+            await anext(chunks)
+            client.step_s = 0.05
+            server.stops.add("test")
+            with pytest.raises(openai.APIError, match="shut down"):
+                while True:
+                    await anext(chunks)
+            assert await asyncio.wait_for(server.task, 10) == 0
+
+    asyncio.run(body())
+    assert len(client.aborted) == 1
+
+
+def test_without_http_there_is_no_second_port(built):
+    async def body():
+        async with running(built, http=False) as server:
+            assert server.http is None
+            server.stops.add("test")
+            assert await asyncio.wait_for(server.task, 10) == 0
+
+    asyncio.run(body())
+
+
+@pytest.mark.parametrize("door", ["grpc_port", "http_port"])
+def test_a_port_that_is_taken_frees_the_other(door):
+    async def body():
+        taken = await asyncio.start_server(lambda *_: None, "127.0.0.1", 0)
+        free = await asyncio.start_server(lambda *_: None, "127.0.0.1", 0)
+        ports = [server.sockets[0].getsockname()[1] for server in (taken, free)]
+        free.close()
+        other = "http_port" if door == "grpc_port" else "grpc_port"
+        config = ServerConfig(**{door: ports[0], other: ports[1]})
+        for _ in range(2):  # the second time says whether the first one left it taken
+            with pytest.raises(ConfigError, match=f"{door}: .* cannot be bound"):
+                await lifecycle.run(pytest.fail, config, pytest.fail, StopRequests())
+        taken.close()
+
+    asyncio.run(body())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(None, "cannot be read"), ("{% if %}", "compiles"), ("{{ raise_exception('no') }}", None)]
+)
+def test_a_chat_template_that_cannot_be_used_is_known_before_anything_is_built(tmp_path, content, message):
+    path = tmp_path / "template.jinja"
+    if content is not None:
+        path.write_text(content)
+
+    async def body():
+        doors = await open_doors(ServerConfig(grpc_port=0, http_port=0, chat_template=str(path)))
+        await doors.stop()
+
+    if message is None:  # it refuses our conversation, and may take others
+        asyncio.run(body())
+    else:
+        with pytest.raises(ConfigError, match=message):
+            asyncio.run(body())

@@ -9,16 +9,20 @@ import os
 import queue
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import grpc
+import openai
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from prometheus_client.parser import text_string_to_metric_families
 
 import serve
 from serve.protos.jaxserve.v1 import jaxserve_pb2 as pb
@@ -42,9 +46,9 @@ def continuation(prompt, num_tokens):
 
 
 class Server:
-    """A server process that is ready; its output lines, and a stub."""
+    """A server process that is ready; its output lines, a stub, and the base URL of its HTTP API."""
 
-    def __init__(self):
+    def __init__(self, template):
         self.process = subprocess.Popen(
             [
                 *COMMAND,
@@ -53,6 +57,10 @@ class Server:
                 *BUCKETS.split(),
                 "--grpc-port",
                 "0",
+                "--http-port",
+                "0",
+                "--chat-template",
+                str(template),
                 "--drain-timeout-s",
                 "20",
                 "--log-level",
@@ -74,6 +82,7 @@ class Server:
             thread.start()
         self.ready_line, self.command_line = (self._line(lines) for _ in range(2))
         self.endpoint = re.search(r"endpoint (\S+),", self.ready_line)[1]
+        self.base_url = re.search(r"OpenAI API (\S+),", self.ready_line)[1]
         self.channel = grpc.insecure_channel(self.endpoint)
         self.stub = jaxserve_pb2_grpc.GenerationServiceStub(self.channel)
 
@@ -115,13 +124,15 @@ def _close_servers():
 
 
 @pytest.fixture
-def server():
+def server(tmp_path_factory):
     """The module's server; a test may stop it, the next one then gets a new one."""
     if None in _servers:
         pytest.fail("the server does not start, see the first failure", pytrace=False)
     if not _servers or _servers[-1].process.poll() is not None:
         _servers.append(None)
-        _servers[-1] = Server()
+        template = tmp_path_factory.mktemp("chat") / "template.jinja"
+        template.write_text("{% for message in messages %}{{ message.role }}: {{ message.content }} {% endfor %}")
+        _servers[-1] = Server(template)
     return _servers[-1]
 
 
@@ -134,7 +145,10 @@ def text_of(call):
 
 
 def test_the_ready_lines_say_where_and_how(server):
-    assert re.fullmatch(r"jaxserve ready: model toy, endpoint 127\.0\.0\.1:\d+, started in \d+\.\d s", server.ready_line)
+    api = r"OpenAI API http://127\.0\.0\.1:\d+/v1"
+    assert re.fullmatch(
+        rf"jaxserve ready: model toy, endpoint 127\.0\.0\.1:\d+, {api}, started in \d+\.\d s", server.ready_line
+    )
     match = re.fullmatch(r"try: (.+) generate \"def fib\(n\):\" --endpoint (\S+)", server.command_line)
     assert match[2] == server.endpoint
 
@@ -255,10 +269,54 @@ def test_tokenizer_and_model_are_those_of_the_engine(server):
     assert (model.model, model.vocab_size, model.max_model_len, model.max_num_seqs) == ("toy", 128, 4096, 4)
 
 
+def test_openais_client_gets_the_same_tokens(server):
+    with openai.OpenAI(base_url=server.base_url, api_key="none", max_retries=0) as api:
+        completion = api.completions.create(model="toy", prompt="http", max_tokens=40, temperature=0, logprobs=1)
+        assert completion.choices[0].text == continuation("http", 40)
+        assert all(logprob <= 0 for logprob in completion.choices[0].logprobs.token_logprobs)
+        chunks = api.completions.create(model="toy", prompt="http", max_tokens=40, temperature=0, stream=True)
+        assert "".join(chunk.choices[0].text for chunk in chunks) == continuation("http", 40)
+        answer = api.chat.completions.create(
+            model="toy", messages=[{"role": "user", "content": "hi"}], max_tokens=20, temperature=0
+        )
+        assert answer.choices[0].message.content == continuation("user: hi ", 20)
+        assert answer.usage.prompt_tokens == len("user: hi ")
+        with pytest.raises(openai.BadRequestError) as caught:
+            api.completions.create(model="toy", prompt="x" * 4096)
+        assert caught.value.param == "prompt"
+
+
+def test_http_streams_that_are_left_free_their_pages(server):
+    """Ten streams that would fill the pool of 600 pages if they kept theirs."""
+    with openai.OpenAI(base_url=server.base_url, api_key="none", max_retries=0, timeout=60) as api:
+        for i in range(10):
+            prompt = f"{i} " + "y" * 1500
+            with api.completions.create(model="toy", prompt=prompt, max_tokens=2500, temperature=0, stream=True) as stream:
+                assert next(iter(stream)).choices[0].text
+        completion = api.completions.create(model="toy", prompt="z" * 1900, max_tokens=20, temperature=0)
+        assert completion.choices[0].text == continuation("z" * 1900, 20)
+        metrics = {}
+        deadline_s = time.monotonic() + 10  # the last to leave is noticed within a step
+        while metrics.get("vllm:kv_cache_usage_perc") != 0:
+            assert time.monotonic() < deadline_s, metrics
+            metrics = scrape(server)
+        assert metrics["jaxserve_compilations_since_ready"] == 0
+        assert metrics["vllm:num_requests_running"] == metrics["vllm:num_requests_waiting"] == 0
+
+
+def scrape(server):
+    with urllib.request.urlopen(server.base_url.removesuffix("v1") + "metrics", timeout=30) as answer:
+        text = answer.read().decode()
+    return {sample.name: sample.value for family in text_string_to_metric_families(text) for sample in family.samples}
+
+
 def test_sigterm_lets_open_streams_finish_then_exits_0_and_frees_the_port(server):
     calls = [server.stub.Generate(ask(f"drain {i}", max_tokens=1000)) for i in range(3)]
     for call in calls:
         next(call)  # they are running now; the texts' first tokens are checked with the rest of the tokens below
+    api = openai.OpenAI(base_url=server.base_url, api_key="none", max_retries=0)
+    chunks = iter(api.completions.create(model="toy", prompt="drain", max_tokens=1000, temperature=0, stream=True))
+    text = next(chunks).choices[0].text
     server.process.send_signal(signal.SIGTERM)
     health = health_pb2_grpc.HealthStub(server.channel)
     deadline_s = time.monotonic() + 10
@@ -267,10 +325,18 @@ def test_sigterm_lets_open_streams_finish_then_exits_0_and_frees_the_port(server
     with pytest.raises(grpc.RpcError) as caught:
         next(server.stub.Generate(ask("new")))
     assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+    with pytest.raises(openai.APIStatusError) as refused:
+        api.completions.create(model="toy", prompt="new")
+    assert refused.value.status_code == 503
     for call in calls:
         last = list(call)[-1]
         assert (last.finish_reason, last.usage.completion_tokens) == (pb.FINISH_REASON_LENGTH, 1000)
+    assert text + "".join(chunk.choices[0].text for chunk in chunks) == continuation("drain", 1000)
+    api.close()
     assert server.process.wait(timeout=30) == 0
+    with socket.socket() as again:  # the HTTP port is free
+        again.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        again.bind(("127.0.0.1", int(re.search(r":(\d+)/", server.base_url)[1])))
     with grpc.insecure_channel(server.endpoint) as channel, pytest.raises(grpc.RpcError) as caught:
         jaxserve_pb2_grpc.GenerationServiceStub(channel).GetModel(pb.GetModelRequest())
     assert caught.value.code() is grpc.StatusCode.UNAVAILABLE

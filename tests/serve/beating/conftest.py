@@ -80,7 +80,8 @@ class Server:
 
     def __init__(self, **settings):
         flags = [
-            f"--{name.replace('_', '-')}={value}" for name, value in (ENGINE | POOL | {"grpc_port": 0} | settings).items()
+            f"--{name.replace('_', '-')}={value}"
+            for name, value in (ENGINE | POOL | {"grpc_port": 0, "http_port": 0} | settings).items()
         ]
         self.process = subprocess.Popen(
             [sys.executable, str(HERE / "watched_server.py"), "serve", "--log-level=warning", *flags],

@@ -84,7 +84,16 @@ def test_sigterm_lets_64_streams_finish_though_some_readers_stall(start_server, 
 
 def test_sigterm_during_warm_up(beating):
     """The port is taken, the programs compile."""
-    command = [sys.executable, "-m", "serve.cli", "serve", "--grpc-port=0", "--model=toy", "--compilation-cache-dir="]
+    command = [
+        sys.executable,
+        "-m",
+        "serve.cli",
+        "serve",
+        "--grpc-port=0",
+        "--http-port=0",
+        "--model=toy",
+        "--compilation-cache-dir=",
+    ]
     with subprocess.Popen(
         command, cwd=beating.ROOT, env=beating.ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:

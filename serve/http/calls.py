@@ -1,0 +1,105 @@
+"""What an endpoint of the OpenAI dialect makes of a request: a validated call, and a choice in the making for each prompt.
+
+Plain data and two interfaces; `completions` and `chat` implement them, `generation` runs them.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from jaxserve.outputs import TokenDelta
+from jaxserve.request import Request
+from serve.http.fields import StreamOptions
+
+
+class Choice(Protocol):
+    """One prompt's answer. Deltas come in order; the last has a finish_reason."""
+
+    def chunks(self, deltas: Sequence[TokenDelta]) -> list[dict[str, Any]]:
+        """The `choices` of the next chunks, one each."""
+        ...
+
+    def whole(self, deltas: Sequence[TokenDelta]) -> dict[str, Any]:
+        """The choice of an answer that comes at once."""
+        ...
+
+
+@dataclass(slots=True)
+class Usage:
+    """Tokens of a call so far, over all of its prompts."""
+
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_completion_tokens: int = 0
+
+    def add(self, deltas: Sequence[TokenDelta]) -> None:
+        self.num_completion_tokens += sum(len(delta.token_ids) for delta in deltas)
+        if deltas[-1].finish_reason is not None:
+            self.num_cached_tokens += deltas[-1].num_cached_tokens
+
+    def json(self) -> dict[str, Any]:
+        return {
+            "prompt_tokens": self.num_prompt_tokens,
+            "completion_tokens": self.num_completion_tokens,
+            "total_tokens": self.num_prompt_tokens + self.num_completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.num_cached_tokens},
+        }
+
+
+@dataclass(slots=True)
+class Call:
+    """A validated call.
+
+    Attributes:
+        call_id: what the answer's `id` says.
+        kind, chunk_kind: what its `object` says, whole and streamed.
+        makers: one a prompt: from the engine's id for it to the request; for a thread.
+        new_choice: from a prompt's index and its request to its choice.
+    """
+
+    call_id: str
+    kind: str
+    chunk_kind: str
+    model: str
+    stream: StreamOptions
+    makers: Sequence[Callable[[str], Request]]
+    new_choice: Callable[[int, Request], Choice]
+    usage: Usage = field(default_factory=Usage)
+    created_s: int = field(default_factory=lambda: int(time.time()))
+
+    def request_ids(self) -> list[str]:
+        """The engine's name of each prompt's request."""
+        return [self.call_id] if len(self.makers) == 1 else [f"{self.call_id}-{n}" for n in range(len(self.makers))]
+
+    def chunk(self, choices: list[dict[str, Any]], *, is_last: bool = False) -> dict[str, Any]:
+        chunk = self._object(self.chunk_kind, choices)
+        if is_last or self.stream.has_usage_always:
+            chunk["usage"] = self.usage.json()
+        elif self.stream.includes_usage:
+            chunk["usage"] = None
+        return chunk
+
+    def answer(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return self._object(self.kind, choices) | {"usage": self.usage.json()}
+
+    def _object(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {"id": self.call_id, "object": kind, "created": self.created_s, "model": self.model, "choices": choices}
+
+
+def joined(deltas: Sequence[TokenDelta]) -> TokenDelta:
+    """Deltas of one request, in their order, as one."""
+    last = deltas[-1]
+    return TokenDelta(
+        last.request_id,
+        "".join([delta.text for delta in deltas]),
+        [token_id for delta in deltas for token_id in delta.token_ids],
+        [entries for delta in deltas for entries in delta.logprobs or ()],
+        last.finish_reason,
+        last.stop_reason,
+    )
+
+
+def shown_logprob(logprob: float) -> float:
+    """JSON has no minus infinity; -9999 is what OpenAI says for a token that is next to impossible."""
+    return max(logprob, -9999.0)
