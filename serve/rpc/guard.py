@@ -79,8 +79,12 @@ async def _end(context: grpc.aio.ServicerContext, error: Exception) -> None:
     """Ends the call with the error's status.
 
     Raises:
-        grpc.aio.AbortError: always, which is how gRPC wants it; or TimeoutError where the client does not read.
+        grpc.aio.AbortError: always, which is how gRPC wants it; or CancelledError where the client does not read, because
+            gRPC logs anything else with its traceback, and a client must not be able to fill the log.
     """
     status = rpc_status.to_status(status_of(error))
-    async with asyncio.timeout(ABORT_TIMEOUT_S):
-        await context.abort(status.code, status.details, status.trailing_metadata)
+    try:
+        async with asyncio.timeout(ABORT_TIMEOUT_S):
+            await context.abort(status.code, status.details, status.trailing_metadata)
+    except TimeoutError:
+        raise asyncio.CancelledError from None

@@ -8,6 +8,7 @@ from grpc_status import rpc_status
 
 from jaxserve.tokenization.ascii_tokenizer import AsciiTokenizer
 from serve.protos.jaxserve.v1 import jaxserve_pb2 as pb
+from serve.rpc.guard import ABORT_TIMEOUT_S
 
 
 def ask(text="hello", *, request_id="", **sampling):
@@ -269,7 +270,7 @@ def test_a_client_that_does_not_read_is_aborted_and_told_so(with_service, client
     with_service(body, max_pending_tokens=100)
 
 
-def test_a_client_that_takes_nothing_for_too_long_is_ended(with_service, client, until):
+def test_a_client_that_takes_nothing_for_too_long_is_ended(with_service, client, until, caplog):
     client.text = "x" * 20_000
     client.step_s = 0.0001
 
@@ -278,11 +279,13 @@ def test_a_client_that_takes_nothing_for_too_long_is_ended(with_service, client,
         await slow.read()
         await until(lambda: client.aborted == ["slow"], 15)
         await asyncio.wait_for(served.service.wait_idle(), 5)  # the permit is back though the client has read nothing
+        await asyncio.sleep(ABORT_TIMEOUT_S + 0.2)  # its status waits in vain
         code, message, _ = await refusal(slow)
         assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert "read nothing for 0.3 s" in message
 
     with_service(body, write_timeout_s=0.3)
+    assert "Traceback" not in caplog.text, "a client can fill the log"
 
 
 def test_piled_up_deltas_come_as_one_message(with_service, client):
