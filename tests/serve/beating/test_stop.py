@@ -90,7 +90,7 @@ def test_sigterm_during_warm_up(beating):
         "serve.cli",
         "serve",
         "--grpc-port=0",
-        "--http-port=0",
+        "--no-http",
         "--model=toy",
         "--compilation-cache-dir=",
     ]
