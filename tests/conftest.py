@@ -32,7 +32,7 @@ BUDGETS_S = {
     "examples": 60.0,
     "jaxserve": 240.0,
     "jaxserve/scheduling": 20.0,
-    "jaxserve/tokenization": 20.0,
+    "jaxserve/tokenization": 30.0,
     "kernels_pallas": 120.0,
     "repository": 30.0,
     "serve": 60.0,
