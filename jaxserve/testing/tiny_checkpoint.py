@@ -13,7 +13,6 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from safetensors.numpy import save_file
 
 _EMBEDDING_SCALE = 0.4
 _MATRIX_GAIN = 2.5  # times 1 / sqrt(fan in)
@@ -136,6 +135,8 @@ def write_tiny_llama(path: str | Path, model: TinyLlama | None = None, **fields:
         model: the shape; or give its `fields` by name.
     """
     model = model or TinyLlama(**fields)
+    from safetensors.numpy import save_file  # where it is not installed, `tensors` still serves
+
     root = Path(path)
     root.mkdir(parents=True, exist_ok=True)
     (root / "config.json").write_text(json.dumps(model.config(), indent=2) + "\n")
@@ -151,6 +152,8 @@ def write_tiny_llama(path: str | Path, model: TinyLlama | None = None, **fields:
 
 
 def _write_shards(root: Path, tensors: dict[str, np.ndarray], num_shards: int) -> None:
+    from safetensors.numpy import save_file
+
     weight_map: dict[str, str] = {}
     names = list(tensors)
     for shard in range(num_shards):

@@ -64,13 +64,6 @@ for module in {modules}:
     assert _python(code) == ""
 
 
-def test_the_engine_core_needs_only_what_a_bare_gpu_machine_has():
-    """jax, flax, numpy, orbax and a tokenizer: everything else is blocked, as if it were not installed."""
-    blocked = ["grpc", "grpc_health", "grpc_reflection", "grpc_status", "huggingface_hub", "jinja2", "pydantic_settings"]
-    blocked += ["torch", "transformers", "typer"]
-    _python(f"import sys; sys.modules.update(dict.fromkeys({blocked})); import jaxserve; jaxserve.LLM")
-
-
 def test_the_siblings_are_imported_by_module():
     """`import sharding` would hide which of its modules is meant."""
     siblings = ("kernels_pallas", "serve", "sharding")
