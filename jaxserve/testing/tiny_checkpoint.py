@@ -14,6 +14,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from jaxserve.models.registry import make_model
+from jaxserve.models.weights import unflatten
+
 _EMBEDDING_SCALE = 0.4
 _MATRIX_GAIN = 2.5  # times 1 / sqrt(fan in)
 _NORM_SPREAD = 0.1
@@ -149,6 +152,16 @@ def write_tiny_llama(path: str | Path, model: TinyLlama | None = None, **fields:
     for name, data in tokenizer_files(model.tokenizer, model.vocab_size).items():
         (root / name).write_bytes(data)
     return root
+
+
+def caller_params(model: TinyLlama) -> dict[str, Any]:
+    """Returns the same model as a caller has it in memory: `params` (a nested dict) and `config`, for `LLM`; needs no files."""
+    tensors = model.tensors()
+    leaves = {}
+    for parameter in make_model(model.config()).parameters():
+        tensor = tensors[parameter.huggingface_name]
+        leaves[parameter.path] = tensor.T if parameter.is_transposed_in_huggingface else tensor
+    return {"params": unflatten(leaves), "config": model.config()}
 
 
 def _write_shards(root: Path, tensors: dict[str, np.ndarray], num_shards: int) -> None:

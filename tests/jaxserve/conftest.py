@@ -5,9 +5,7 @@ import importlib.util
 import pytest
 
 from jaxserve import LLM
-from jaxserve.models.registry import make_model
-from jaxserve.models.weights import unflatten
-from jaxserve.testing.tiny_checkpoint import TinyLlama, tokenizer_files, write_tiny_llama
+from jaxserve.testing.tiny_checkpoint import TinyLlama, caller_params, tokenizer_files, write_tiny_llama
 
 TINY = TinyLlama(vocab_size=320, seed=1, tokenizer="bytes", max_position_embeddings=256)
 
@@ -21,13 +19,7 @@ def tiny_dir(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny_params():
     """The same model as a caller's own: `params`, a nested dict, and `config`."""
-    tensors = TINY.tensors()
-    parameters = make_model(TINY.config()).parameters()
-    leaves = {}
-    for p in parameters:
-        tensor = tensors[p.huggingface_name]
-        leaves[p.path] = tensor.T if p.is_transposed_in_huggingface else tensor
-    return {"params": unflatten(leaves), "config": TINY.config()}
+    return caller_params(TINY)
 
 
 @pytest.fixture(scope="session")

@@ -131,10 +131,9 @@ def test_the_engine_runs():
 import numpy as np
 from jaxserve import LLM, SamplingParams
 from jaxserve.models import toy
-from jaxserve.models.registry import make_model
-from jaxserve.models.weights import unflatten
+from jaxserve.models.weights import flatten
 from jaxserve.testing import oracle
-from jaxserve.testing.tiny_checkpoint import TinyLlama
+from jaxserve.testing.tiny_checkpoint import TinyLlama, caller_params
 
 limits = {"max_num_seqs": 1, "max_num_batched_tokens": 16, "max_model_len": 64, "page_size": 8, "num_pages": 8, "use_tqdm": False}
 greedy = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
@@ -144,13 +143,10 @@ with LLM("toy", **limits) as llm:
     assert output.outputs[0].text == bytes(toy.continuation(b"hello", 6)).decode()
 
 tiny = TinyLlama(num_layers=1, vocab_size=64)
-tensors, parameters = tiny.tensors(), make_model(tiny.config()).parameters()
-leaves = {
-    p.path: tensors[p.huggingface_name].T if p.is_transposed_in_huggingface else tensors[p.huggingface_name] for p in parameters
-}
-with LLM(params=unflatten(leaves), config=tiny.config(), **limits) as llm:
+own = caller_params(tiny)
+with LLM(**own, **limits) as llm:
     (output,) = llm.generate([[5, 6, 7]], greedy, use_tqdm=False)
-    assert output.outputs[0].token_ids == oracle.greedy(leaves, tiny.config(), [5, 6, 7], 6).token_ids
+    assert output.outputs[0].token_ids == oracle.greedy(flatten(own["params"]), tiny.config(), [5, 6, 7], 6).token_ids
 """)
 
 
