@@ -246,6 +246,19 @@ def test_a_sentencepiece_model_that_rewrites_its_text_is_refused(tmp_path: Path)
         load_tokenizer(tmp_path)
 
 
+def test_a_vocabulary_with_holes_keeps_its_last_tokens(tmp_path: Path):
+    from tokenizers import Tokenizer as LibraryTokenizer
+    from tokenizers import decoders, models
+
+    library = LibraryTokenizer(models.WordLevel({"a": 0, "b": 7, "c": 1000}, unk_token="a"))
+    library.decoder = decoders.Fuse()
+    library.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.vocab_size == 1001
+    ids = [1000, 7, 3, 0, 1001, 999]
+    assert tokenizer.decode(ids) == library.decode(ids) == "cba"
+
+
 def test_importing_needs_no_library():
     code = (
         "import sys; import jaxserve.tokenization.tokenizer, jaxserve.tokenization.chat_template;"
