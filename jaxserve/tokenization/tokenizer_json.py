@@ -40,7 +40,7 @@ class JsonTokenizer(PieceTokenizer):
         self._special_added = {token.content: token for token in added.values() if token.special}
         super().__init__(
             _spelling(path, self._plain),
-            _num_ids(self._plain),
+            max(self._plain.get_vocab(with_added_tokens=True).values(), default=-1) + 1,  # ids may have holes
             {token.content: token_id for token_id, token in added.items() if token.special},
             bos_token_id=files.resolve_bos(self._plain.token_to_id),
             eos_token_ids=files.resolve_eos(self._plain.token_to_id),
@@ -137,14 +137,6 @@ def _load(path: Path) -> Any:
     loaded.no_truncation()
     loaded.no_padding()
     return loaded
-
-
-def _num_ids(loaded: Any) -> int:
-    """One more than the largest id, which is the number of tokens unless ids are left out."""
-    num_tokens = loaded.get_vocab_size(with_added_tokens=True)
-    if all(loaded.id_to_token(i) is not None for i in range(num_tokens)):
-        return num_tokens
-    return max(loaded.get_vocab(with_added_tokens=True).values()) + 1  # takes 0.1 s where a vocabulary has 128,000 tokens
 
 
 def _spelling(path: Path, loaded: Any) -> Spelling:
