@@ -7,7 +7,7 @@
 #   make test-bare  kernels and engine core on Python 3.12 with the packages of tests/bare_machine.txt alone
 #   make check      format, lint, types, import contracts, and what the wheel holds
 #   make format     lets ruff rewrite what `make check` would complain about
-#   make bench      throughput and latency of the embedded model, as a table
+#   make bench      throughput and latency beside Hugging Face transformers, as a table
 #   make protos     the gRPC stubs, from serve/protos/**/*.proto
 #   make clean      removes everything that the other targets make
 #
@@ -79,8 +79,7 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(VENV)/.installed-runtime$(EXTRAS)
-	@test -f benchmarks/offline.py || { echo "benchmarks/offline.py is not written yet: nothing to measure" >&2; exit 1; }
+bench: $(VENV)/.installed-bench
 	$(BIN)/python -m benchmarks.offline $(ARGS)
 
 # The oldest tools whose stubs we support, because a runtime refuses stubs newer than itself. They need an older protobuf
@@ -116,6 +115,10 @@ $(VENV)/.installed-runtime: pyproject.toml | $(BIN)/python
 $(VENV)/.installed-torch: pyproject.toml | $(BIN)/python
 	if [ $(WANTED_PYTHON) = 3.11 ]; then $(BIN)/python -m pip install --quiet $(TORCH); fi
 	touch $@
+
+$(VENV)/.installed-bench: pyproject.toml $(VENV)/.installed-torch
+	$(call install,--editable ".[bench]")
+	touch $@ $(VENV)/.installed-runtime
 
 $(VENV)/.installed-test%: $(VENV)/.installed-test
 	$(call install,--editable ".[test,$*]")

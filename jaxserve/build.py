@@ -63,6 +63,10 @@ DEFAULTS = {
 }
 
 
+MIN_CACHED_PAGES = 512
+"""Pages that the prefix cache may give in one step, or one longest context if that is more: each is a row of the step's input."""
+
+
 @dataclass(slots=True)
 class BuiltEngine:
     """A ready engine and what its callers need beside it.
@@ -187,6 +191,7 @@ def resolve(
         query_tile=tiling.query_tile,
         # Every row's first split, and all splits that a full pool can hold; shared pages may ask for more and then wait.
         max_decode_items=max(splits, max_num_seqs + num_pages * page_size // tiling.split_size),
+        max_cached_pages=max(-(-max_model_len // page_size), MIN_CACHED_PAGES) if config.enable_prefix_caching else 0,
         seed=config.seed,
         max_logprobs=min(config.max_logprobs, model.vocab_size),
         attention_backend=config.attention_backend,

@@ -33,6 +33,7 @@ class EngineConfig:
         seed: of the engine; a request without its own seed draws from it.
         max_logprobs: largest `logprobs` a request may ask for.
         attention_backend: "auto", or the name of one implementation of paged attention.
+        enable_prefix_caching: keep pages that nobody holds, until their room is needed, for prompts that begin alike.
         token_buckets: sizes of the mixed program [tokens]; fewer start faster, more pad less. The largest must be
             max_num_batched_tokens.
         sequence_buckets: sizes of the decode and head programs [sequences]; likewise, up to max_num_seqs.
@@ -55,6 +56,7 @@ class EngineConfig:
     seed: int = 0
     max_logprobs: int = 20
     attention_backend: str = "auto"
+    enable_prefix_caching: bool = True
     token_buckets: tuple[int, ...] | None = None
     sequence_buckets: tuple[int, ...] | None = None
     compilation_cache_dir: str | None = None
@@ -86,8 +88,9 @@ class EngineConfig:
             raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}.")
         if not isinstance(self.attention_backend, str):
             raise ConfigError(f"attention_backend must be a string, got {self.attention_backend!r}.")
-        if not isinstance(self.skip_tokenizer_init, bool):
-            raise ConfigError(f"skip_tokenizer_init must be True or False, got {self.skip_tokenizer_init!r}.")
+        for name in ("skip_tokenizer_init", "enable_prefix_caching"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}.")
         share = self.gpu_memory_utilization
         if not isinstance(share, Real) or isinstance(share, bool) or not 0 < share <= 1:
             raise ConfigError(f"gpu_memory_utilization must be in (0, 1], got {share!r}.")
@@ -125,6 +128,7 @@ class ResolvedConfig:
         split_size: KV tokens of one attention work item; a constant, so that sums have one order (ADR 0006).
         query_tile: query tokens of one prefill tile.
         max_decode_items: most decode work items in one step.
+        max_cached_pages: most pages that the prefix cache may give in one step; 0 without one.
     """
 
     model_name: str
@@ -144,6 +148,7 @@ class ResolvedConfig:
     split_size: int
     query_tile: int
     max_decode_items: int
+    max_cached_pages: int
     seed: int
     max_logprobs: int
     attention_backend: str

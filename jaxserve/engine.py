@@ -35,6 +35,7 @@ class _Stream:
     text: TextStream | None
     timings: RequestTimings
     num_generated: int = 0
+    num_cached_tokens: int = 0
 
 
 class Engine:
@@ -101,17 +102,19 @@ class Engine:
         if plan is not None:
             self._in_flight = self._runner.dispatch(plan)
             self._num_steps += 1
-            self._stamp_scheduled(plan)
+            self._note_admissions(plan)
         if previous is None:
             return []
         return [self._delta(c) for c in self._scheduler.commit(self._runner.wait(previous))]
 
-    def _stamp_scheduled(self, plan: StepPlan) -> None:
+    def _note_admissions(self, plan: StepPlan) -> None:
         if plan.admissions:
             now = time.monotonic()
             for admission in plan.admissions:
-                timings = self._streams[admission.request_id].timings
-                timings.scheduled = timings.scheduled or now
+                stream = self._streams[admission.request_id]
+                if stream.timings.scheduled is None:
+                    stream.timings.scheduled = now
+                    stream.num_cached_tokens = self._scheduler.num_cached_tokens_of(admission.request_id)
 
     def _delta(self, committed: Committed) -> TokenDelta:
         stream = self._streams[committed.request_id]
@@ -137,6 +140,7 @@ class Engine:
             [token.token_id],
             logprobs,
             num_prompt_tokens=len(stream.request.prompt_token_ids),
+            num_cached_tokens=stream.num_cached_tokens,
         )
 
     def _push_text(self, stream: _Stream, token_id: int, *, is_stop_token: bool) -> str:
@@ -169,6 +173,7 @@ class Engine:
             finish_reason,
             stop_reason,
             num_prompt_tokens=len(stream.request.prompt_token_ids),
+            num_cached_tokens=stream.num_cached_tokens,
             timings=stream.timings,
             error=error,
         )
@@ -195,8 +200,13 @@ class Engine:
             num_steps=self._num_steps,
             num_preemptions=scheduler.num_preemptions,
             num_prompt_tokens=self._num_prompt_tokens,
+            num_cached_tokens=scheduler.num_cached_tokens,
             num_generated_tokens=self._num_generated_tokens,
         )
+
+    def reset_prefix_cache(self) -> None:
+        """Forgets what every KV page holds: the next prompts are computed anew. Running requests go on."""
+        self._scheduler.reset_prefix_cache()
 
     def check_integrity(self) -> None:
         """Raises IntegrityError unless the books balance; called whenever the engine is idle."""

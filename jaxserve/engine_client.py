@@ -19,7 +19,8 @@ class EngineStats:
     """A snapshot of the engine.
 
     Attributes:
-        num_free_pages: of num_pages.
+        num_free_pages: of num_pages; free ones may still hold what the prefix cache knows.
+        num_cached_tokens: prompt tokens that the prefix cache spared requests, of num_prompt_tokens.
         num_compilations_since_ready: by jax's own events; anything but 0 is a bug.
     """
 
@@ -30,6 +31,7 @@ class EngineStats:
     num_steps: int = 0
     num_preemptions: int = 0
     num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
     num_generated_tokens: int = 0
     num_compilations_since_ready: int = 0
     is_alive: bool = True
@@ -50,6 +52,10 @@ class EngineClient(Protocol):
 
     def abort(self, request_ids: Iterable[str]) -> None:
         """Ends requests; each gets a last delta with finish_reason "abort". Unknown ids are ignored."""
+        ...
+
+    def reset_prefix_cache(self) -> None:
+        """Makes the engine compute prompts anew that come from now on; running requests go on."""
         ...
 
     def stats(self) -> EngineStats: ...

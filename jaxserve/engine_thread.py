@@ -25,6 +25,13 @@ class _Abort(NamedTuple):
     request_ids: tuple[str, ...] | None
 
 
+class _ResetPrefixCache:
+    """Has nothing to say."""
+
+
+_Command = _Submit | _Abort | _ResetPrefixCache
+
+
 class EngineThread:
     """Runs an engine until closed; implements `EngineClient`.
 
@@ -36,7 +43,7 @@ class EngineThread:
     def __init__(self, engine: Engine, num_compilations: Callable[[threading.Thread], int] = lambda thread: 0):
         self._engine = engine
         self._num_compilations = num_compilations
-        self._inbox: queue.SimpleQueue[_Submit | _Abort] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[_Command] = queue.SimpleQueue()
         self._listeners: dict[str, Listener] = {}
         self._stats = engine.stats()
         self._is_draining = False
@@ -62,6 +69,9 @@ class EngineThread:
 
     def abort(self, request_ids: Iterable[str]) -> None:
         self._inbox.put(_Abort(tuple(request_ids)))
+
+    def reset_prefix_cache(self) -> None:
+        self._inbox.put(_ResetPrefixCache())
 
     def stats(self) -> EngineStats:
         return dataclasses.replace(
@@ -113,9 +123,11 @@ class EngineThread:
             self._obey(self._inbox.get())
         return True
 
-    def _obey(self, command: _Submit | _Abort) -> None:
+    def _obey(self, command: _Command) -> None:
         if isinstance(command, _Submit):
             self._add(*command)
+        elif isinstance(command, _ResetPrefixCache):
+            self._engine.reset_prefix_cache()
         else:
             ids = self._engine.request_ids() if command.request_ids is None else command.request_ids
             self._deliver(self._engine.abort(ids))

@@ -32,7 +32,6 @@ _OTHER_ENGINES = {
     "trust_remote_code": "code from a model repository is never run; register a family with jaxserve.models.registry.register",
     "disable_log_stats": "statistics are not logged; ask LLM.stats()",
     "enable_chunked_prefill": "long prompts are always computed in chunks",
-    "enable_prefix_caching": "there is no prefix cache yet",
     "swap_space": "a preempted request is computed again; nothing is swapped",
     "cpu_offload_gb": "weights stay on the devices",
     "disable_custom_all_reduce": "XLA chooses the all-reduce",
@@ -163,6 +162,10 @@ class LLM:
     def stats(self) -> EngineStats:
         """Returns a snapshot of the engine."""
         return self._engine.client.stats()
+
+    def reset_prefix_cache(self) -> None:
+        """Forgets the KV pages of earlier prompts, so that the next call computes its prompts from nothing."""
+        self._engine.client.reset_prefix_cache()
 
     def close(self) -> None:
         """Aborts what runs and frees the engine; also at the end of a `with` block."""

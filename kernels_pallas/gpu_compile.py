@@ -87,6 +87,13 @@ class Target:
         )
         self.mesh = Mesh(np.asarray(self.topology.devices), ("x",), axis_types=(AxisType.Auto,))
 
+    @contextlib.contextmanager
+    def as_default(self) -> Iterator[None]:
+        """Makes this GPU what programs are compiled for, and keeps jax's compilation cache out."""
+        # The default device tells both Pallas lowerings and `dispatch.current_platform` what is compiled for.
+        with jax.default_device(self.topology.devices[0]), _no_persistent_cache():
+            yield
+
     def compile(
         self,
         function: Callable,
@@ -120,8 +127,7 @@ class Target:
         )
         # A function that was traced before is only lowered here, in a context that may lack the filter.
         pallas_triton.silence_deprecation()
-        # The default device tells both Pallas lowerings and `dispatch.current_platform` what is compiled for.
-        with jax.default_device(self.topology.devices[0]), _no_persistent_cache():
+        with self.as_default():
             lowered = jax.jit(function, **jit_kwargs).lower(*shapes)
             return lowered.compile(compiler_options={**FAIL_ON_SPILLS, **(compiler_options or {})})
 

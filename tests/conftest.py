@@ -30,6 +30,7 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_fail_ptx_compilation_on_register_spilling=true"
 
 BUDGETS_S = {
+    "benchmarks": 10.0,
     "examples": 60.0,
     "jaxserve": 240.0,
     "jaxserve/scheduling": 20.0,

@@ -59,8 +59,11 @@ class Ladder:
         return num_prefill_tiles(bucket.num_tokens, self.config.query_tile) + ragged
 
     def num_page_updates(self, bucket: BackboneBucket) -> int:
-        """Returns most block table entries a step can begin to use, a group: one a page of tokens and one a sequence."""
-        return bucket.num_tokens // self.config.page_size + self.num_sequences(bucket)
+        """Returns most block table entries a step can begin to use, a group.
+
+        One a page of tokens, one a sequence, and what the prefix cache may give in one step.
+        """
+        return bucket.num_tokens // self.config.page_size + self.num_sequences(bucket) + self.config.max_cached_pages
 
 
 def powers_of_two(low: int, high: int, factor: int = 2) -> tuple[int, ...]:

@@ -5,16 +5,21 @@ context, which others may share, is taken last.
 """
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from jaxserve.errors import IntegrityError
 
 
 class PagePool:
-    """A fixed number of pages, handed out by id."""
+    """A fixed number of pages, handed out by id.
+
+    Attributes:
+        on_reuse: called with each page that is handed out anew: what was in it is lost.
+    """
 
     def __init__(self, num_pages: int):
         self.num_pages = num_pages
+        self.on_reuse: Callable[[int], None] = lambda page: None
         self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_pages))
         self._references = [0] * num_pages
 
@@ -29,12 +34,17 @@ class PagePool:
         pages = [self._free.popitem(last=False)[0] for _ in range(count)]
         for page in pages:
             self._references[page] = 1
+            self.on_reuse(page)
         return pages
 
+    def is_free(self, page: int) -> bool:
+        """Returns whether nobody holds the page."""
+        return self._references[page] == 0
+
     def share(self, page: int) -> None:
-        """Adds a reference to a page in use."""
-        if self._references[page] < 1:
-            raise IntegrityError(f"page {page} is free and cannot be shared")
+        """Adds a reference to a page, with what is in it; one that was free is so no more."""
+        if self._references[page] == 0:
+            del self._free[page]
         self._references[page] += 1
 
     def release(self, pages: Iterable[int]) -> None:

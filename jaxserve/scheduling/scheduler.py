@@ -16,6 +16,7 @@ from jaxserve.errors import IntegrityError
 from jaxserve.plan import Admission, PageUpdate, RowSampling, SampledToken, SequencePlan, StepPlan, StepResult
 from jaxserve.request import Request
 from jaxserve.scheduling.page_pool import PagePool
+from jaxserve.scheduling.prefix_cache import PrefixCache, page_keys
 from jaxserve.scheduling.sequence import Sequence
 
 MAX_SKIPS = 64
@@ -46,6 +47,7 @@ class _Budget:
     def __init__(self, config: ResolvedConfig):
         self.tokens = config.max_num_batched_tokens
         self.decode_items = config.max_decode_items
+        self.cached_pages = config.max_cached_pages
 
 
 class Scheduler:
@@ -59,7 +61,9 @@ class Scheduler:
     def __init__(self, config: ResolvedConfig, num_groups: int = 1):
         self.config = config
         self.pools = tuple(PagePool(config.num_pages) for _ in range(num_groups))
+        self.caches = tuple(PrefixCache(pool) for pool in self.pools) if config.max_cached_pages else ()
         self.num_preemptions = 0
+        self.num_cached_tokens = 0
         self._sequences: dict[str, Sequence] = {}
         self._waiting: list[Sequence] = []  # both in order of Sequence.order
         self._running: list[Sequence] = []
@@ -104,7 +108,7 @@ class Scheduler:
         for pool, pages in zip(self.pools, sequence.pages, strict=True):
             pool.release(pages)
         sequence.pages = [[] for _ in self.pools]
-        sequence.num_pages_told = 0
+        sequence.num_pages_told = sequence.num_pages_cached = 0
         self._free_rows.append(sequence.row)
         sequence.row = None
         sequence.num_computed = 0
@@ -130,6 +134,11 @@ class Scheduler:
         step = self._next_step
         self._next_step += 1
         self._sampling_in[step] = [s for (s, _), planned in zip(ordered, sequences, strict=True) if planned.samples]
+        if self.caches:
+            page_size = self.config.page_size
+            for sequence, _ in ordered:
+                if sequence.num_computed >= (sequence.num_pages_cached + 1) * page_size:
+                    self._cache_pages(sequence)
         return StepPlan(step, tuple(admissions), tuple(updates), tuple(sequences))
 
     def _plan_running(self, budget: _Budget, takes: dict[Sequence, int]) -> bool:
@@ -165,8 +174,11 @@ class Scheduler:
                 break
             if sequence.num_in_flight:
                 continue  # preempted with a token on the device: known after the next commit
-            take = self._take(sequence, budget)
-            if take == 0 or not self._reserve(sequence, sequence.num_known):
+            cached = self._lookup(sequence)
+            if len(cached[0]) > budget.cached_pages:
+                break  # the step's input has no room for as many; the next one's has
+            take = self._admit(sequence, cached, budget)
+            if take == 0:
                 num_passed += 1
                 sequence.num_skips += 1
                 if sequence.num_skips > MAX_SKIPS:
@@ -180,6 +192,65 @@ class Scheduler:
         for sequence in admitted:
             _leave(self._waiting, sequence)
             _enter(self._running, sequence)
+
+    def _lookup(self, sequence: Sequence) -> list[list[int]]:
+        """Returns the pages, by group, that hold the sequence's first tokens already; at least its last token is computed."""
+        if not self.caches:
+            return [[] for _ in self.pools]
+        keys = page_keys(sequence.token_ids, self.config.page_size, sequence.page_keys)
+        found = [cache.lookup(keys[: (sequence.num_known - 1) // self.config.page_size]) for cache in self.caches]
+        length = min(map(len, found))
+        return [pages[:length] for pages in found]
+
+    def _admit(self, sequence: Sequence, cached: list[list[int]], budget: _Budget) -> int:
+        """Makes the cached pages, and new ones for all other known tokens, the sequence's own.
+
+        Returns:
+            How many of its tokens this step computes; 0, and nothing has changed, where budget or pages do not allow any.
+        """
+        num_cached = len(cached[0])
+        sequence.num_computed = num_cached * self.config.page_size
+        take = self._take(sequence, budget)
+        lacking = -(-sequence.num_known // self.config.page_size) - num_cached
+        has_room = all(
+            pool.num_free - sum(map(pool.is_free, pages)) >= lacking for pool, pages in zip(self.pools, cached, strict=True)
+        )
+        if take == 0 or not has_room:
+            sequence.num_computed = 0
+            return 0
+        for pool, held, pages in zip(self.pools, sequence.pages, cached, strict=True):
+            for page in pages:
+                pool.share(page)
+            held.extend(pages)
+        is_reserved = self._reserve(sequence, sequence.num_known)
+        assert is_reserved
+        budget.cached_pages -= num_cached
+        sequence.num_pages_cached = num_cached
+        if sequence.num_cached_tokens is None:
+            sequence.num_cached_tokens = sequence.num_computed
+            self.num_cached_tokens += sequence.num_computed
+        return take
+
+    def _cache_pages(self, sequence: Sequence) -> None:
+        """Gives the prefix cache the pages that this step fills with committed tokens.
+
+        Steps run in order, so any later one may read them.
+        """
+        num_full = min(sequence.num_computed, sequence.num_known) // self.config.page_size
+        keys = page_keys(sequence.token_ids, self.config.page_size, sequence.page_keys)
+        for cache, pages in zip(self.caches, sequence.pages, strict=True):
+            for index in range(sequence.num_pages_cached, num_full):
+                cache.insert(keys[index], pages[index])
+        sequence.num_pages_cached = max(sequence.num_pages_cached, num_full)
+
+    def num_cached_tokens_of(self, request_id: str) -> int:
+        """Returns how many of a request's prompt tokens the prefix cache spared it, once it has been admitted."""
+        return self._sequences[request_id].num_cached_tokens or 0
+
+    def reset_prefix_cache(self) -> None:
+        """Forgets what every page holds; running sequences go on."""
+        for cache in self.caches:
+            cache.reset()
 
     def _take(self, sequence: Sequence, budget: _Budget, num_left: int = 0) -> int:
         """Returns how many tokens the budget less num_left allows; a lone token costs work items, a chunk does not."""
@@ -259,6 +330,8 @@ class Scheduler:
             token = result.tokens[request_id]
             sequence.num_in_flight -= 1
             if request_id in result.nonfinite:
+                for cache, pages in zip(self.caches, sequence.pages, strict=False):
+                    cache.evict(pages)  # what made the logits so may stand in them
                 self.finish(request_id)
                 committed.append(Committed(request_id, token, "error", is_nonfinite=True))
                 continue
@@ -299,6 +372,8 @@ class Scheduler:
         """Raises IntegrityError unless pages, rows and sequences add up."""
         for group, pool in enumerate(self.pools):
             pool.check_integrity(page for s in self._running for page in s.pages[group])
+        for cache in self.caches:
+            cache.check_integrity()
         rows = sorted([*self._free_rows, *(s.row for s in self._running if s.row is not None)])
         if rows != list(range(self.config.max_num_seqs)):
             raise IntegrityError(f"rows are lost or held twice: {rows}")

@@ -16,6 +16,9 @@ class Sequence:
         row: the row it holds while running; None otherwise.
         pages: page ids by group, in order of position.
         num_pages_told: entries of the block table that the device has been told, in each group.
+        page_keys: keys of its full pages in the prefix cache, as far as they were needed.
+        num_pages_cached: pages whose keys the prefix cache has been given, or has given.
+        num_cached_tokens: tokens that the prefix cache spared it when it was first admitted; None before.
         arrival: order of arrival.
         num_skips: steps in which others behind it could start and it could not, for want of pages or work items.
         order: sorts by who goes first: lower priority value, then earlier arrival.
@@ -27,6 +30,9 @@ class Sequence:
     token_ids: list[int]
     pages: list[list[int]]
     num_pages_told: int = 0
+    page_keys: list[bytes] = field(default_factory=list)
+    num_pages_cached: int = 0
+    num_cached_tokens: int | None = None
     num_computed: int = 0
     num_in_flight: int = 0
     row: int | None = None

@@ -40,6 +40,7 @@ def toy_config(**changes: Any) -> ResolvedConfig:
         "split_size": 8,
         "query_tile": 4,
         "seed": 0,
+        "max_cached_pages": 0,
         "max_logprobs": 5,
         "attention_backend": "auto",
     } | changes

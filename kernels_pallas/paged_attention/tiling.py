@@ -19,7 +19,7 @@ class Tiling:
     query_tile: int = 64
     """Query tokens of a prefill tile."""
     decode_block: int = 4
-    """xla: decode items that are computed at once."""
+    """xla: fewest decode items that are computed at once."""
     kv_block: int = 64
     """triton: KV tokens of one pipelined step inside a split."""
     decode_num_warps: int = 4

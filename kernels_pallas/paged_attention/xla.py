@@ -20,6 +20,14 @@ MIN_SUM_ELEMENTS = 4096
 """Fewest elements of a block's scores. XLA:CPU sums an array's last axis by another routine, with other bits, from 4096
 elements in all (measured on jax 0.10.2, 0.11.2 and 0.12.0.1: 31 rows of 128 differ from 3072 rows, 32 do not)."""
 
+DOT_COLUMNS, DOT_ROWS = 64, 32
+"""Where the columns of weights @ values are no multiple of the first, a product has at most as many rows as the second.
+XLA:CPU's dots are YNNPACK's, which then takes another routine, with other bits, for many rows than for few (measured, jax
+0.10.2 on an AMD EPYC with AVX-512: 32, 80, 96 and 160 columns differ between 48 rows and 56; 64, 128 and 256 never)."""
+
+BLOCK_BYTES = 1 << 20
+"""Keys of a block of decode items, which with its values should stay in a core's caches: 0.5 to 2 MiB are alike, 4 slower."""
+
 
 def paged_attention_xla(
     q_TNH: jax.Array,
@@ -100,8 +108,15 @@ class _Attend:
         max_BKM = jnp.max(score_BKMC, axis=-1)
         weight_BKMC = jnp.exp(score_BKMC - _finite(max_BKM)[..., None])
         sum_BKM = jnp.sum(weight_BKMC, axis=-1)
-        acc_BKMH = jnp.einsum("bkmc,bkch->bkmh", weight_BKMC, v_BKCH, precision="highest")
-        return acc_BKMH, max_BKM, sum_BKM
+        return _weighted_sum(weight_BKMC, v_BKCH), max_BKM, sum_BKM
+
+
+def _weighted_sum(weight_BKMC, v_BKCH):
+    """Returns weights @ values, a row's bits whatever the number of rows (see DOT_ROWS)."""
+    M, H = weight_BKMC.shape[2], v_BKCH.shape[3]
+    rows = DOT_ROWS if H % DOT_COLUMNS else M
+    parts = (weight_BKMC[:, :, i : i + rows] for i in range(0, M, rows))
+    return jnp.concatenate([jnp.einsum("bkmc,bkch->bkmh", w, v_BKCH, precision="highest") for w in parts], axis=2)
 
 
 def _finite(maximum):
@@ -145,9 +160,12 @@ def _decode(q_TNH, out_TNH, batch, sinks_N, attend):
     _, N, H = q_TNH.shape
     K = attend.num_kv_heads
     M = max(N // K, MIN_DOT_ROWS)
-    B = max(attend.tiling.decode_block, -(-MIN_SUM_ELEMENTS // (K * M * attend.tiling.split_size)))
     first_D1 = batch.decode_first_D1
     D = first_D1.shape[0] - 1
+    # An operation costs 1 to 2 µs whatever it holds: few sequences take few items at once, many as many as caches hold.
+    item_bytes = K * attend.tiling.split_size * H * 4
+    B = max(attend.tiling.decode_block, min(D, BLOCK_BYTES // item_bytes))
+    B = max(B, -(-MIN_SUM_ELEMENTS // (K * M * attend.tiling.split_size)))
     if D + attend.tiling.query_tile > out_TNH.shape[0]:
         raise ValueError(f"{D} decode slots in a bucket of {out_TNH.shape[0] - attend.tiling.query_tile} tokens")
     num_items = first_D1[-1]

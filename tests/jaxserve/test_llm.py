@@ -105,6 +105,28 @@ def test_a_seed_repeats_and_company_does_not_matter(tiny_llm):
     assert a.token_ids != b.token_ids
 
 
+def test_a_prompt_that_begins_like_an_earlier_one_is_not_computed_again(tiny_llm):
+    (prefix,) = random_prompts(1, 80, 81, seed=11)
+    tiny_llm.reset_prefix_cache()
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, logprobs=1)
+    before = tiny_llm.stats().num_cached_tokens
+    miss, hit, other = (
+        tiny_llm.generate(prompt, params, use_tqdm=False)[0] for prompt in (prefix, prefix, [*prefix[:70], 9, 8, 7])
+    )
+    assert (miss.num_cached_tokens, hit.num_cached_tokens, other.num_cached_tokens) == (0, 72, 64), "pages of 8 tokens"
+    assert tiny_llm.stats().num_cached_tokens - before == 72 + 64
+    assert hit.outputs[0].token_ids == miss.outputs[0].token_ids
+    logprobs = [
+        [entry[token].logprob for entry, token in zip(o.logprobs, o.token_ids, strict=True)]
+        for o in (miss.outputs[0], hit.outputs[0])
+    ]
+    np.testing.assert_allclose(*logprobs, atol=1e-4)
+    tiny_llm.reset_prefix_cache()
+    again = tiny_llm.generate([*prefix[:70], 9, 8, 7], params, use_tqdm=False)[0]
+    assert again.num_cached_tokens == 0
+    assert again.outputs[0].token_ids == other.outputs[0].token_ids
+
+
 def test_log_probabilities(tiny_llm):
     (three,) = generate(tiny_llm, [[5, 6, 7]], SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, logprobs=3))
     (zero,) = generate(tiny_llm, [[5, 6, 7]], SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, logprobs=0))

@@ -144,6 +144,7 @@ def resolved_config():
         split_size=256,
         query_tile=16,
         max_decode_items=64,
+        max_cached_pages=0,
         seed=0,
         max_logprobs=5,
         attention_backend="auto",

@@ -61,6 +61,7 @@ def programs(num_devices):
         split_size=tiling.split_size,
         query_tile=tiling.query_tile,
         max_decode_items=1024,
+        max_cached_pages=0,
         seed=0,
         max_logprobs=20,
         attention_backend="triton",
@@ -78,7 +79,7 @@ def programs(num_devices):
 
 def compile_backbone(num_devices, bucket):
     target, factory, pages = programs(num_devices)
-    with jax.default_device(target.topology.devices[0]):
+    with target.as_default():
         return report(factory.backbone(bucket).run), pages
 
 
@@ -102,7 +103,7 @@ def test_a_mixed_step_is_in_place():
 @pytest.mark.parametrize("num_devices", [1, 4])
 def test_the_head_compiles(num_devices):
     target, factory, _ = programs(num_devices)
-    with jax.default_device(target.topology.devices[0]):
+    with target.as_default():
         result = report(factory.head(64).run)
     logits_bytes = 64 * 128256 * 4 // num_devices
     assert result.temporary_bytes < 8 * logits_bytes

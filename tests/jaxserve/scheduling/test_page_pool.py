@@ -52,8 +52,19 @@ def test_misuse_raises():
     pool.release([page])
     with pytest.raises(IntegrityError, match=f"page {page} was released twice"):
         pool.release([page])
-    with pytest.raises(IntegrityError, match=f"page {page} is free and cannot be shared"):
-        pool.share(page)
+
+
+def test_a_free_page_that_is_shared_leaves_the_free_ones_and_keeps_what_is_in_it():
+    pool, reused = PagePool(3), []
+    pool.on_reuse = reused.append
+    held = pool.allocate(3)
+    pool.release(held)
+    assert [pool.is_free(page) for page in held] == [True] * 3
+    pool.share(held[1])
+    assert reused == held
+    assert pool.allocate(2) == [held[2], held[0]]
+    assert reused == [*held, held[2], held[0]]
+    pool.check_integrity(held)
 
 
 @pytest.mark.parametrize("held", [[], [0], [0, 0, 1], [0, 1, 2]])

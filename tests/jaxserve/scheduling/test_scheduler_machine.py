@@ -34,6 +34,7 @@ def configs(draw):
         max_num_batched_tokens=max_num_seqs + draw(st.sampled_from([11, 3, 40, 0])),
         page_size=PAGE_SIZE,
         num_pages=longest + draw(st.integers(0, 4)),
+        max_cached_pages=draw(st.sampled_from([longest, 0])),
         **changes,
     )
 

@@ -77,9 +77,9 @@ class Layer:
         return self.attend([(ROW, 0, CONTEXT_LEN)], PREFILL)[0]
 
 
-PREFILL = (320, 0, 0, 8)
+PREFILL = (320, 0, 0, 12)
 DECODE = (8, 8, 16, 0)
-MIXED = (320, 4, 32, 8)
+MIXED = (320, 4, 32, 12)
 
 
 @functools.cache
@@ -116,14 +116,14 @@ def test_chunks_have_the_bits_of_the_whole_prompt():
 
 def test_block_and_tile_sizes_change_no_bit():
     one = layer("mha")
-    other = Layer("mha", Tiling(split_size=128, query_tile=32, decode_block=8))
-    np.testing.assert_array_equal(other.attend([(ROW, 0, CONTEXT_LEN)], (320, 0, 0, 10))[0], one.whole_prompt)
+    other = Layer("mha", Tiling(split_size=128, query_tile=64, decode_block=8))
+    np.testing.assert_array_equal(other.attend([(ROW, 0, CONTEXT_LEN)], (320, 0, 0, 8))[0], one.whole_prompt)
     np.testing.assert_array_equal(decode_alone(other), decode_alone(one))
 
 
 def test_split_size_does_change_bits():
     """The negative control: a comparison that could not tell two orders apart would prove nothing."""
-    other = Layer("mha", Tiling(split_size=256, query_tile=64, decode_block=4))
+    other = Layer("mha", Tiling(split_size=256, query_tile=32, decode_block=4))
     same = other.attend([(ROW, 0, CONTEXT_LEN)], PREFILL)[0] == layer("mha").whole_prompt
     assert same[:128].all(), "the first split is the same"
     assert not same[128:].all()
@@ -135,5 +135,5 @@ def test_thresholds_are_still_needed(monkeypatch):
     assert (decode_alone(Layer("mha")) != layer("mha").whole_prompt[list(POSITIONS)]).any()
     monkeypatch.undo()
     monkeypatch.setattr(xla, "MIN_SUM_ELEMENTS", 1)
-    tiling = Tiling(split_size=128, query_tile=64, decode_block=1)
+    tiling = Tiling(split_size=128, query_tile=32, decode_block=1)
     assert (decode_alone(Layer("one-head", tiling)) != layer("one-head").whole_prompt[list(POSITIONS)]).any()
