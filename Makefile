@@ -4,6 +4,7 @@
 #   make test       the tests of every change
 #   make test-all   the slow ones too
 #   make test-gpu   the ones that need a GPU, on a machine that has one
+#   make test-bare  kernels and engine core on Python 3.12 with the packages of tests/bare_machine.txt alone
 #   make check      format, lint, types, import contracts, and what the wheel holds
 #   make format     lets ruff rewrite what `make check` would complain about
 #   make bench      throughput and latency beside Hugging Face transformers, as a table
@@ -35,7 +36,7 @@ ifeq ($(wildcard /dev/nvidia* /dev/accel* /dev/vfio/*),)
 export JAX_PLATFORMS ?= cpu
 endif
 
-.PHONY: serve test test-all test-gpu check check-format check-lint check-types check-imports check-wheel format bench protos clean
+.PHONY: serve test test-all test-gpu test-bare check check-format check-lint check-types check-imports check-wheel format bench protos clean
 
 serve: $(VENV)/.installed-runtime$(EXTRAS)
 	$(BIN)/jaxserve serve $(ARGS)
@@ -48,6 +49,14 @@ test-all: $(VENV)/.installed-test
 
 test-gpu: $(VENV)/.installed-test$(EXTRAS)
 	JAX_PLATFORMS=cuda $(BIN)/python -m pytest -m gpu $(ARGS)
+
+# Needs a package that is not there: a compiler for another GPU, checkpoints in safetensors, the oracle of the parity tests.
+BARE_TESTS := tests/kernels_pallas tests/sharding tests/jaxserve/execution tests/jaxserve/models tests/jaxserve/scheduling \
+	$(wildcard tests/jaxserve/test_*.py) tests/repository/test_bare_machine.py
+NOT_BARE := test_gpu_compile.py test_*parity.py
+
+test-bare: .venv-bare/.installed
+	PYTHONPATH=$(CURDIR) .venv-bare/bin/python -m pytest $(NOT_BARE:%=--ignore-glob="*/%") $(BARE_TESTS) $(ARGS)
 
 check: check-format check-lint check-types check-imports check-wheel
 
@@ -121,6 +130,13 @@ $(VENV)/.installed-test: pyproject.toml $(VENV)/.installed-torch
 
 $(VENV)/.installed-dev: pyproject.toml $(VENV)/.installed-test
 	$(call install,--editable ".[dev]")
+	touch $@
+
+BARE_PYTHON ?= python3.12
+
+.venv-bare/.installed: tests/bare_machine.txt
+	$(BARE_PYTHON) -m venv --clear .venv-bare
+	.venv-bare/bin/python -m pip install --quiet --requirement $< hypothesis pytest pytest-timeout
 	touch $@
 
 .venv-protos/.installed: Makefile

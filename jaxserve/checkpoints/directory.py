@@ -10,6 +10,7 @@ from typing import Any
 from jaxserve.errors import CheckpointError
 
 CONFIG = "config.json"
+PARAMS = "params"  # the parameters of an Orbax directory
 
 # What travels with the tensors. Everything else stays behind, custom code (`*.py`) first of all.
 SIDECARS = (

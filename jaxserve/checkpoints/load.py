@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import jax
 
-from jaxserve.checkpoints import directory, huggingface, manifest, orbax_store
+from jaxserve.checkpoints import directory, huggingface, manifest
 from jaxserve.errors import CheckpointError
 from jaxserve.models.weights import Parameter, check_complete
 
@@ -26,9 +26,9 @@ def detect(path: str | Path) -> Format:
     root = Path(path)
     if not root.is_dir():
         raise CheckpointError(f"{root} is not a directory.")
-    if (root / orbax_store.PARAMS).is_dir():
+    if (root / directory.PARAMS).is_dir():
         if not (root / manifest.NAME).exists():
-            raise CheckpointError(f"{root} has {orbax_store.PARAMS}/ but no {manifest.NAME}; copy the checkpoint again.")
+            raise CheckpointError(f"{root} has {directory.PARAMS}/ but no {manifest.NAME}; copy the checkpoint again.")
         return "orbax"
     weights = (".safetensors", ".safetensors.index.json", *huggingface.PICKLE_SUFFIXES)
     if any(p.name.endswith(weights) for p in root.iterdir()):
@@ -65,4 +65,6 @@ def load_parameters(
     if detect(path) == "huggingface":
         return huggingface.load(path, parameters, abstract)
     check_complete(parameters, {name: tuple(target.shape) for name, target in abstract.items()}, "the abstract tree")
+    from jaxserve.checkpoints import orbax_store  # Orbax: 0.5 s to import, and a Hugging Face directory needs none of it
+
     return orbax_store.load(path, abstract, verify=verify)

@@ -25,13 +25,12 @@ from orbax.checkpoint import v1 as ocp
 
 from jaxserve.checkpoints import directory
 from jaxserve.checkpoints import manifest as manifests
+from jaxserve.checkpoints.directory import PARAMS
 from jaxserve.checkpoints.manifest import Manifest
 from jaxserve.checkpoints.source import FLOATS, InMemory, ParameterSource, TensorSpec
 from jaxserve.checkpoints.staging import staged
 from jaxserve.errors import CheckpointError
 from jaxserve.models.weights import Parameter, check_complete, unflatten
-
-PARAMS = "params"
 
 StorageOptions = ocp.options.ArrayOptions.Saving.StorageOptions
 _MAX_ITEMSIZE = 4

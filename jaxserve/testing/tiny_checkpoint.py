@@ -13,7 +13,9 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from safetensors.numpy import save_file
+
+from jaxserve.models.registry import make_model
+from jaxserve.models.weights import unflatten
 
 _EMBEDDING_SCALE = 0.4
 _MATRIX_GAIN = 2.5  # times 1 / sqrt(fan in)
@@ -199,6 +201,8 @@ TinyLlama = TinyModel
 
 def write_tiny(path: str | Path, model: TinyModel) -> Path:
     """Writes a model directory, created if needed, and returns its path."""
+    from safetensors.numpy import save_file  # where it is not installed, `tensors` still serves
+
     root = Path(path)
     root.mkdir(parents=True, exist_ok=True)
     (root / "config.json").write_text(json.dumps(model.config(), indent=2) + "\n")
@@ -218,7 +222,19 @@ def write_tiny_llama(path: str | Path, model: TinyModel | None = None, **fields:
     return write_tiny(path, model or TinyModel(**fields))
 
 
+def caller_params(model: TinyLlama) -> dict[str, Any]:
+    """Returns the same model as a caller has it in memory: `params` (a nested dict) and `config`, for `LLM`; needs no files."""
+    tensors = model.tensors()
+    leaves = {}
+    for parameter in make_model(model.config()).parameters():
+        tensor = tensors[parameter.huggingface_name]
+        leaves[parameter.path] = tensor.T if parameter.is_transposed_in_huggingface else tensor
+    return {"params": unflatten(leaves), "config": model.config()}
+
+
 def _write_shards(root: Path, tensors: dict[str, np.ndarray], num_shards: int) -> None:
+    from safetensors.numpy import save_file
+
     weight_map: dict[str, str] = {}
     names = list(tensors)
     for shard in range(num_shards):

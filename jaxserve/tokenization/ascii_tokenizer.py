@@ -5,6 +5,7 @@ Knows no files. Id 0 is the end of the sequence; no text holds it, because NUL i
 
 from jaxserve.errors import InvalidRequestError
 from jaxserve.tokenization.piece_tokenizer import GUARD, PieceTokenizer, check_text
+from jaxserve.tokenization.pieces import Spelling
 
 _VOCAB_SIZE = 128
 _EOS_TEXT = "<eos>"
@@ -16,7 +17,7 @@ class AsciiTokenizer(PieceTokenizer):
     def __init__(self, chat_template: str | None = None):
         """Starts with the given template."""
         super().__init__(
-            lambda token_id: bytes([token_id]) if token_id else _EOS_TEXT.encode(),
+            Spelling(lambda token_id: bytes([token_id]) if token_id else _EOS_TEXT.encode()),
             _VOCAB_SIZE,
             {_EOS_TEXT: 0},
             eos_token_ids=(0,),

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any
 
-from jaxserve.errors import InvalidRequestError
+from jaxserve.errors import ConfigError, InvalidRequestError
 from jaxserve.tokenization.chat_messages import TextMarker, plain_messages, plain_tools, text_only
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ def render_chat(
     Raises:
         InvalidRequestError: names `messages`, `tools`, `chat_template` or the argument, with the template's own words
             where it refuses.
+        ConfigError: jinja2 is not installed.
     """
     if not isinstance(template, str) or not template:
         raise InvalidRequestError("chat_template", template, _NO_TEMPLATE, _NO_TEMPLATE_REMEDY)
@@ -125,7 +126,13 @@ def _environment() -> "ChatTemplateEnvironment":
 @lru_cache(maxsize=32)
 def _compile(source: str) -> "tuple[jinja2.Template, bool]":
     """The compiled template, and whether it reads a message's content part by part."""
-    import jinja2
+    try:
+        import jinja2
+    except ImportError as error:  # the engine core runs where it is not installed
+        raise ConfigError(
+            "Chat templates need the package jinja2, which is not installed: install it with pip, or format the prompt yourself"
+            " and use generate."
+        ) from error
 
     from jaxserve.tokenization.template_budget import Budget, spending
 

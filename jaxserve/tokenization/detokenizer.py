@@ -30,7 +30,7 @@ _MAX_UNFINISHED_BYTES = 3  # a UTF-8 character has 4 at most
 class DetokenizerStream:
     """Tokens in, text out, without ever sending half a character."""
 
-    __slots__ = ("_dropping", "_prompt_ending", "_push_plain", "_table", "_unfinished")
+    __slots__ = ("_errors", "_opening", "_prompt_ending", "_push_plain", "_table", "_unfinished")
 
     def __init__(self, pieces: TokenPieces, prompt_token_ids: Sequence[int] = (), *, skip_special_tokens: bool = True):
         """Reads of the prompt only whether it has any text, and its last bytes.
@@ -41,24 +41,29 @@ class DetokenizerStream:
             skip_special_tokens: whether special tokens add nothing.
         """
         self._table = pieces.table(skip_special_tokens)
-        self._dropping = self._spaces_to_drop(pieces.leading_spaces, prompt_token_ids)
+        self._errors = pieces.errors
+        self._opening = pieces.opening  # None once the text has begun
+        for token_id in prompt_token_ids:
+            if self._opening is None:
+                break
+            self._bytes_of(token_id)
         self._unfinished = self._unfinished_tail(prompt_token_ids)
         # How the prompt's own text ends, should the answer not complete its last character.
-        self._prompt_ending = self._unfinished.decode("utf-8", "replace")
-        self._push_plain = not self._dropping and not self._prompt_ending
+        self._prompt_ending = self._unfinished.decode("utf-8", self._errors)
+        self._push_plain = self._opening is None and not self._prompt_ending
 
     def push(self, token_ids: Iterable[int]) -> str:
         """Appends tokens and returns the text that they settle; may be empty."""
-        return self._settle(self._table.join(token_ids), final=False)
+        return self._settle(b"".join([self._bytes_of(i) for i in token_ids]), final=False)
 
     def push_one(self, token_id: int) -> str:
         """`push([token_id])`, without the list: the engine's path."""
-        data = self._table[token_id]
         if not self._push_plain:
-            return self._settle(data, final=False)
+            return self._settle(self._bytes_of(token_id), final=False)
+        data = self._table[token_id]
         if self._unfinished:
             data = self._unfinished + data
-        text, used = utf_8_decode(data, "replace", False)
+        text, used = utf_8_decode(data, self._errors, False)
         self._unfinished = data[used:] if used < len(data) else b""
         return text
 
@@ -67,35 +72,23 @@ class DetokenizerStream:
         return self._settle(b"", final=True)
 
     def _settle(self, data: bytes, final: bool) -> str:
-        if self._dropping and data:
-            data = self._drop_leading_spaces(data)
         data = self._unfinished + data
-        text, used = utf_8_decode(data, "replace", final)
+        text, used = utf_8_decode(data, self._errors, final)
         self._unfinished = data[used:]
         if self._prompt_ending and text:
             text = text.removeprefix(self._prompt_ending)
             self._prompt_ending = ""
-        self._push_plain = not self._dropping and not self._prompt_ending
+        self._push_plain = self._opening is None and not self._prompt_ending
         return text
 
-    def _drop_leading_spaces(self, data: bytes) -> bytes:
-        while self._dropping and data[:1] == b" ":
-            data = data[1:]
-            self._dropping -= 1
-        if data:
-            self._dropping = 0
-        return data
-
-    def _spaces_to_drop(self, leading_spaces: int, prompt_token_ids: Sequence[int]) -> int:
-        """How many are left: none where the prompt has text, all but the prompt's own where it has only spaces."""
-        for token_id in prompt_token_ids if leading_spaces else ():
-            piece = self._table[token_id]
-            if piece.strip(b" "):
-                return 0
-            leading_spaces -= len(piece)
-            if leading_spaces <= 0:
-                return 0
-        return leading_spaces
+    def _bytes_of(self, token_id: int) -> bytes:
+        """What the next token adds; ends the opening where it is the last of it."""
+        piece = self._table[token_id]
+        if self._opening is not None:
+            piece, is_open = self._opening.take(token_id, piece)
+            if not is_open:
+                self._opening = None
+        return piece
 
     def _unfinished_tail(self, token_ids: Sequence[int]) -> bytes:
         """The last bytes, where they are the start of a character; a lead byte always starts one anew, so 3 suffice."""
@@ -105,7 +98,7 @@ class DetokenizerStream:
             if len(tail) >= _MAX_UNFINISHED_BYTES:
                 break
         tail = tail[-_MAX_UNFINISHED_BYTES:]
-        _, used = utf_8_decode(tail, "replace", False)
+        _, used = utf_8_decode(tail, self._errors, False)
         return tail[used:]
 
 

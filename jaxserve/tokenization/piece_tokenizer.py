@@ -9,13 +9,17 @@ removes.
 """
 
 import re
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
-from jaxserve.errors import InvalidRequestError
+from jaxserve.errors import CheckpointError, InvalidRequestError
 from jaxserve.tokenization.detokenizer import DetokenizerStream
-from jaxserve.tokenization.pieces import TokenPieces
+from jaxserve.tokenization.pieces import Spelling, TokenPieces
 
 GUARD = "\ufdd0"  # a noncharacter: Unicode reserves it for a program's own use and no text may carry it
+_NUM_CHECKED = 1000
+_NUM_CHECKED_ALONE = 20
 
 
 class PieceTokenizer:
@@ -32,23 +36,22 @@ class PieceTokenizer:
 
     def __init__(
         self,
-        read_piece: Callable[[int], bytes],
+        spelling: Spelling,
         vocab_size: int,
         special_tokens: Mapping[str, int],
         *,
-        leading_spaces: int = 0,
         bos_token_id: int | None = None,
         eos_token_ids: tuple[int, ...] = (),
         chat_template: str | None = None,
     ):
-        """Keeps what a subclass read; see the class for the fields and `TokenPieces` for leading_spaces."""
+        """Keeps what a subclass read; see the class for the fields."""
         self.vocab_size = vocab_size
         self.bos_token_id = bos_token_id
         self.eos_token_ids = eos_token_ids
         self.special_tokens = dict(special_tokens)
         self.special_token_ids = frozenset(self.special_tokens.values())
         self.chat_template = chat_template
-        self._pieces = TokenPieces(read_piece, vocab_size, self.special_token_ids, leading_spaces)
+        self._pieces = TokenPieces(spelling, vocab_size, self.special_token_ids)
         self._special_pattern = alternation(self.special_tokens)
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
@@ -73,6 +76,32 @@ class PieceTokenizer:
             return [(text, None)]
         parts = self._special_pattern.split(text)
         return [(part, self.special_tokens[part] if n % 2 else None) for n, part in enumerate(parts) if part]
+
+    def _check_decoding(self, path: Path, decode: Callable[[list[int]], str], num_tokens: int) -> None:
+        """Compares with the library on a sample, at load: what is inferred from a file is not taken on trust.
+
+        Special tokens are left out, which SentencePiece never shows, and parts of a character, which HF's ByteFallback joins.
+
+        Args:
+            path: the file, for the message.
+            decode: the library's own.
+            num_tokens: ids that the library knows.
+
+        Raises:
+            CheckpointError: the texts differ.
+        """
+        spread = range(0, num_tokens, max(1, num_tokens // _NUM_CHECKED))
+        sample = [i for i in spread if i not in self.special_token_ids and "\ufffd" not in self.token_text(i)]
+        for ids in (sample, *([i] for i in sample[:: max(1, len(sample) // _NUM_CHECKED_ALONE)])):
+            expected, text = decode(ids), self.decode(ids)
+            if text != expected:
+                differing = (n for n, (a, b) in enumerate(zip(text, expected, strict=False)) if a != b)
+                at = next(differing, min(len(text), len(expected)))
+                raise CheckpointError(
+                    f"{path}: its decoder does more than to join its tokens' texts, so that it cannot be streamed: token ids"
+                    f" {reprlib.repr(ids)} read {expected[at : at + 20]!r} where joining gives {text[at : at + 20]!r}. Remove"
+                    " its denormalizer, or convert it to a tokenizer.json whose decoder is a known one."
+                )
 
 
 def alternation(literals: Mapping[str, int]) -> re.Pattern | None:

@@ -1,18 +1,36 @@
 """What each token adds to the text, as bytes: the one table that decoding, streaming and `token_text` read.
 
 Every decoder that jaxserve accepts is a concatenation: the text of a sequence is the UTF-8 decoding of its tokens'
-bytes, one after the other, less the leading space that some tokenizers put before every text. Bytes that are no UTF-8
-become U+FFFD, one for each maximal broken subpart (Unicode 15, section 3.9; what Python and Rust do). That is what the
-libraries do too, except where no faithful streaming is possible: HF's ByteFallback turns a whole run of byte tokens
-into U+FFFD when its last byte is broken, so that a character already sent would have to be taken back.
+bytes, one after the other, where the first tokens of a text may have a spelling of their own (`Opening`: the leading space
+that some tokenizers put before every text). Bytes that are no UTF-8 become U+FFFD, as many as the library makes of them:
+
+- byte-level vocabularies: one for each maximal broken subpart (Unicode 15, section 3.9; what Python and Rust do);
+- vocabularies with byte tokens (SentencePiece): one for each broken byte.
+
+That is what the libraries do too, except where no faithful streaming is possible: HF's ByteFallback turns a whole run of byte
+tokens into U+FFFD when its last byte is broken, so that a character already sent would have to be taken back. Such a run
+reads here as in SentencePiece, whose decoder ByteFallback stands in for.
 
 Knows nothing of where a piece comes from (the tokenizers do) nor of streams (`detokenizer`).
 """
 
+import codecs
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Self
 
 LEADING_SPACE_MARK = "▁"
+
+ONE_EACH_SUBPART = "replace"
+ONE_EACH_BYTE = "jaxserve.replace_each_byte"
+
+
+def _replace_each_byte(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeDecodeError)
+    return "\ufffd" * (error.end - error.start), error.end
+
+
+codecs.register_error(ONE_EACH_BYTE, _replace_each_byte)
 
 
 class PieceTable(dict[int, bytes]):
@@ -44,23 +62,66 @@ class PieceTable(dict[int, bytes]):
         return piece
 
     def join(self, token_ids: Iterable[int]) -> bytes:
-        """The bytes of a sequence, leading space included."""
+        """The bytes of tokens in the middle of a text."""
         return b"".join([self[i] for i in token_ids])
 
 
-class TokenPieces:
-    """The two tables of a tokenizer, with and without special tokens, and its leading-space rule.
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """How a text's first token is spelled, where that differs from the rest.
 
     Attributes:
-        leading_spaces: how many spaces at most the decoder drops at the very start of a text (0: none).
+        read: the bytes of a token at the very start of a text.
+        lasts: whether a token that adds nothing there leaves the start to the next one. Otherwise the first token that has
+            any bytes is the only one concerned.
+    """
+
+    read: Callable[[int], bytes]
+    lasts: bool = False
+
+    def take(self, token_id: int, piece: bytes) -> tuple[bytes, bool]:
+        """What a token adds at the start, and whether the next one stands at the start, too.
+
+        Args:
+            token_id: the token.
+            piece: its bytes elsewhere; empty where it is skipped.
+        """
+        if not piece:
+            return b"", True
+        first = self.read(token_id)
+        return first, self.lasts and not first
+
+
+@dataclass(frozen=True, slots=True)
+class Spelling:
+    """How a tokenizer turns tokens into bytes and broken bytes into text.
+
+    Attributes:
+        read: the bytes of a token of the vocabulary, wherever it stands in a text.
+        opening: None where a text starts like any other place.
+        errors: how many U+FFFD stand for broken bytes: ONE_EACH_SUBPART or ONE_EACH_BYTE, names of codec error handlers.
+    """
+
+    read: Callable[[int], bytes]
+    opening: Opening | None = None
+    errors: str = ONE_EACH_SUBPART
+
+
+class TokenPieces:
+    """The two tables of a tokenizer, with and without special tokens.
+
+    Attributes:
+        opening: see `Spelling`.
+        errors: see `Spelling`.
         shown: all tokens.
         skipping: special tokens are empty.
     """
 
-    def __init__(self, read: Callable[[int], bytes], num_tokens: int, special: frozenset[int], leading_spaces: int):
-        self.leading_spaces = leading_spaces
-        self.shown = PieceTable(read, num_tokens)
-        self.skipping = PieceTable(read, num_tokens, special)
+    def __init__(self, spelling: Spelling, num_tokens: int, special: frozenset[int]):
+        self.opening = spelling.opening
+        self.errors = spelling.errors
+        self.shown = PieceTable(spelling.read, num_tokens)
+        self.skipping = PieceTable(spelling.read, num_tokens, special)
 
     def table(self, skip_special_tokens: bool) -> PieceTable:
         """The table to read from."""
@@ -68,15 +129,14 @@ class TokenPieces:
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool) -> str:
         """The text of a whole sequence."""
-        data = self.table(skip_special_tokens).join(token_ids)
-        return self.without_leading_spaces(data).decode("utf-8", "replace")
-
-    def without_leading_spaces(self, data: bytes) -> bytes:
-        """The bytes of a text's start, less the spaces that the decoder drops there."""
-        dropped = 0
-        while dropped < self.leading_spaces and data[dropped : dropped + 1] == b" ":
-            dropped += 1
-        return data[dropped:]
+        table = self.table(skip_special_tokens)
+        rest = iter(token_ids)
+        data = b""
+        is_open = self.opening is not None
+        while self.opening is not None and is_open and (token_id := next(rest, None)) is not None:
+            piece, is_open = self.opening.take(token_id, table[token_id])
+            data += piece
+        return (data + table.join(rest)).decode("utf-8", self.errors)
 
 
 class ByteAlphabet(dict[int, int]):

@@ -14,10 +14,8 @@ from typing import Any
 
 from jaxserve.errors import CheckpointError
 from jaxserve.tokenization.piece_tokenizer import GUARD, PieceTokenizer, alternation, check_text
-from jaxserve.tokenization.pieces import LEADING_SPACE_MARK
+from jaxserve.tokenization.pieces import LEADING_SPACE_MARK, ONE_EACH_BYTE, Opening, Spelling
 from jaxserve.tokenization.tokenizer_files import TokenizerFiles
-
-_UNBOUNDED = 1 << 30
 
 
 class SentencePieceTokenizer(PieceTokenizer):
@@ -40,10 +38,9 @@ class SentencePieceTokenizer(PieceTokenizer):
         marked_special = (i for i, token in files.added_tokens.items() if token.special)
         special |= {files.added_tokens[i].text: i for i in marked_special}
         super().__init__(
-            self._read_piece,
+            Spelling(self._read_piece, self._opening(), ONE_EACH_BYTE),
             max([self._num_pieces, *(i + 1 for i in self._added)]),
             special,
-            leading_spaces=self._leading_spaces(),
             bos_token_id=_valid(files.resolve_bos(self._token_id), self._processor.bos_id()),
             eos_token_ids=files.resolve_eos(self._token_id) or _some(self._processor.eos_id()),
             chat_template=files.chat_template,
@@ -55,6 +52,7 @@ class SentencePieceTokenizer(PieceTokenizer):
         bos = self.bos_token_id
         self._prefix = [] if files.add_bos_token is False or bos is None else [bos]
         self._suffix = list(self.eos_token_ids[:1]) if files.add_eos_token else []
+        self._check_decoding(path, self._processor.decode, self._num_pieces)
 
     def encode(self, text: str, *, add_special_tokens: bool = True, parse_special: bool = False) -> list[int]:
         """See `tokenizer.Tokenizer`; added tokens that are not special are always parsed."""
@@ -87,16 +85,22 @@ class SentencePieceTokenizer(PieceTokenizer):
             return piece.encode("utf-8")
         return piece.replace(LEADING_SPACE_MARK, " ").encode("utf-8")
 
-    def _leading_spaces(self) -> int:
-        """How many leading spaces the model's decoder drops, asked of the library: the file does not show it.
+    def _opening(self) -> Opening | None:
+        """What the model's decoder drops at a text's start, asked of the library: the file does not show it.
 
-        None without a dummy prefix; one with it (Llama); all where the model also removes extra white space.
+        Nothing without a dummy prefix. With it (Llama) the space of the first piece; where the model also removes extra white
+        space, a piece that is nothing but a space leaves the start to the next one.
         """
+        marked = next((i for i in range(self._num_pieces) if self._is_marked(i)), None)
+        if marked is None or self._processor.decode([marked]).encode("utf-8") == self._read_piece(marked):
+            return None
         space = self._processor.piece_to_id(LEADING_SPACE_MARK)
-        if self._processor.is_unknown(space):
-            return 0
-        dropped = 4 - len(self._processor.decode([space] * 4))
-        return _UNBOUNDED if dropped == 4 else dropped
+        lasts = not self._processor.is_unknown(space) and not self._processor.decode([space, space])
+        return Opening(lambda i: self._read_piece(i)[self._is_marked(i) :], lasts)
+
+    def _is_marked(self, token_id: int) -> bool:
+        """Whether it is a piece with a space in front; bytes and added tokens that spell one are not."""
+        return token_id < self._num_pieces and self._processor.id_to_piece(token_id).startswith(LEADING_SPACE_MARK)
 
 
 def _load(path: Path) -> Any:

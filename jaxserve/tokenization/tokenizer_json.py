@@ -1,18 +1,20 @@
 """tokenizer.json, read by HF's `tokenizers`: encoding is the library's, decoding is by pieces.
 
-Knows the library and the decoders it can describe. `encode_batch_fast` releases the GIL (`encode` holds it for 0.6 s
+Knows the library; its decoders are `json_decoder`'s. `encode_batch_fast` releases the GIL (`encode` holds it for 0.6 s
 a megabyte).
 """
 
 import json
+import re
 import threading
-from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from jaxserve.errors import CheckpointError
-from jaxserve.tokenization.piece_tokenizer import GUARD, PieceTokenizer, check_text
-from jaxserve.tokenization.pieces import ByteAlphabet
+from jaxserve.tokenization.json_decoder import read_decoder
+from jaxserve.tokenization.piece_tokenizer import GUARD, PieceTokenizer, alternation, check_text
+from jaxserve.tokenization.pieces import Spelling
 from jaxserve.tokenization.tokenizer_files import TokenizerFiles
 
 
@@ -36,23 +38,23 @@ class JsonTokenizer(PieceTokenizer):
         self._parsing_lock = threading.Lock()
         added = self._plain.get_added_tokens_decoder()
         self._special_added = {token.content: token for token in added.values() if token.special}
-        piece_bytes, leading_spaces = _read_decoder(path, self._plain)
         super().__init__(
-            lambda token_id: piece_bytes(self._plain.id_to_token(token_id) or ""),
-            max(self._plain.get_vocab_size(with_added_tokens=True), max(added, default=-1) + 1),
+            _spelling(path, self._plain),
+            max(self._plain.get_vocab(with_added_tokens=True).values(), default=-1) + 1,  # ids may have holes
             {token.content: token_id for token_id, token in added.items() if token.special},
-            leading_spaces=leading_spaces,
             bos_token_id=files.resolve_bos(self._plain.token_to_id),
             eos_token_ids=files.resolve_eos(self._plain.token_to_id),
             chat_template=files.chat_template,
         )
+        self._lookalike = self._lookalike_pattern()
         self._prefix, self._suffix = self._surrounding_tokens(files)
+        self._check_decoding(path, lambda ids: self._plain.decode(ids, skip_special_tokens=False), self.vocab_size)
 
     def encode(self, text: str, *, add_special_tokens: bool = True, parse_special: bool = False) -> list[int]:
         """See `tokenizer.Tokenizer`; tokens that the file adds without calling them special are always parsed."""
         check_text(text)
         if not parse_special:
-            ids = self._run(self._plain, text)
+            ids = self._encode_plain(text)
         elif GUARD not in text:
             ids = self._run(self._parser(), text)
         else:
@@ -85,8 +87,28 @@ class JsonTokenizer(PieceTokenizer):
             after = self._special_added[parts[n + 1][0]] if n + 1 < len(parts) else None
             part = part.lstrip() if before is not None and before.rstrip else part
             part = part.rstrip() if after is not None and after.lstrip else part
-            ids += self._run(self._plain, part.replace(GUARD, ""))
+            ids += self._encode_plain(part.replace(GUARD, ""))
         return ids
+
+    def _encode_plain(self, text: str) -> list[int]:
+        """Encodes text in which nothing is special; a look-alike that the model would take for a token is cut in two."""
+        cuts = [match.start() + 1 for match in self._lookalike.finditer(text)] if self._lookalike else []
+        if not cuts:
+            return self._run(self._plain, text)
+        parts = [text[start:end] for start, end in pairwise([0, *cuts, len(text)])]
+        encoded = self._plain.encode_batch_fast(parts, add_special_tokens=False)
+        return [token_id for part in encoded for token_id in part.ids]
+
+    def _lookalike_pattern(self) -> re.Pattern | None:
+        """Where a special token begins that the model itself has a piece for, as unigram models do; None if it has none.
+
+        Finds overlapping ones, too.
+        """
+        texts = [text for text in self.special_tokens if len(text) > 1]
+        encoded = self._plain.encode_batch_fast(texts, add_special_tokens=False)
+        found = {text: 0 for text, part in zip(texts, encoded, strict=True) if self.special_tokens[text] in part.ids}
+        pattern = alternation(found)
+        return None if pattern is None else re.compile(f"(?={pattern.pattern})")
 
     def _surrounding_tokens(self, files: TokenizerFiles) -> tuple[list[int], list[int]]:
         """What is put around a text: the post-processor's tokens, corrected by add_bos_token and add_eos_token."""
@@ -117,60 +139,9 @@ def _load(path: Path) -> Any:
     return loaded
 
 
-def _read_decoder(path: Path, loaded: Any) -> tuple[Callable[[str], bytes], int]:
-    """How a token's spelling becomes bytes, and how many leading spaces a text loses.
-
-    Raises:
-        CheckpointError: a decoder whose text is no concatenation of the tokens' own.
-    """
+def _spelling(path: Path, loaded: Any) -> Spelling:
     spec = json.loads(loaded.decoder.__getstate__()) if loaded.decoder is not None else None
-    if spec is None:
-        return (lambda token: b" " + token.encode("utf-8")), 1  # the library joins with spaces
-    steps = spec["decoders"] if spec["type"] == "Sequence" else [spec]
-    leading_spaces = 0
-    transforms: list[Callable[[str], str | bytes]] = []
-    for step in steps:
-        kind = step["type"]
-        if kind == "ByteLevel":
-            transforms.append(ByteAlphabet.gpt2().to_bytes)
-        elif kind == "ByteFallback":
-            transforms.append(_byte_token)
-        elif kind == "Metaspace":
-            transforms.append(_replacer(step["replacement"], " "))
-            leading_spaces = 0 if step.get("prepend_scheme") == "never" else 1
-        elif kind == "Replace" and "String" in step["pattern"]:
-            transforms.append(_replacer(step["pattern"]["String"], step["content"]))
-        elif kind == "Strip" and step["content"] == " " and step["stop"] == 0:
-            leading_spaces = step["start"]
-        elif kind != "Fuse":
-            raise CheckpointError(
-                f"{path}: decoder {step} cannot be streamed. Decoders known here: ByteLevel, ByteFallback, Metaspace,"
-                " Replace (of a string), Strip (of leading spaces), Fuse, Sequence."
-            )
-    return _chain(transforms), leading_spaces
-
-
-def _replacer(old: str, new: str) -> Callable[[str], str]:
-    return lambda token: token.replace(old, new)
-
-
-def _byte_token(token: str) -> str | bytes:
-    """`<0xE4>` is the byte E4; anything else is itself."""
-    if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-        try:
-            return bytes([int(token[3:5], 16)])
-        except ValueError:
-            return token
-    return token
-
-
-def _chain(transforms: list[Callable[[str], str | bytes]]) -> Callable[[str], bytes]:
-    def to_bytes(token: str) -> bytes:
-        for transform in transforms:
-            result = transform(token)
-            if isinstance(result, bytes):
-                return result
-            token = result
-        return token.encode("utf-8")
-
-    return to_bytes
+    try:
+        return read_decoder(spec, lambda token_id: loaded.id_to_token(token_id) or "")
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None

@@ -4,13 +4,13 @@ Knows the contract and checks shapes; the backends know the arithmetic. Stateles
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from kernels_pallas import dispatch
 from kernels_pallas.paged_attention.tiling import Tiling, default_tiling
-from kernels_pallas.paged_attention.triton import paged_attention_triton
 from kernels_pallas.paged_attention.work import (
     RaggedBatch,
     empty_ragged_batch,
@@ -31,9 +31,18 @@ __all__ = [
     "plan_ragged_batch",
 ]
 
+
+def _paged_attention_triton(*args: Any, **kwargs: Any) -> jax.Array:
+    from kernels_pallas.paged_attention.triton import (
+        paged_attention_triton,
+    )  # Pallas: 0.25 s to import, and a CPU needs none
+
+    return paged_attention_triton(*args, **kwargs)
+
+
 IMPLEMENTATIONS = {
-    "triton": paged_attention_triton,
-    "triton_interpret": functools.partial(paged_attention_triton, interpret=True),
+    "triton": _paged_attention_triton,
+    "triton_interpret": functools.partial(_paged_attention_triton, interpret=True),
     "xla": paged_attention_xla,
 }
 

@@ -4,15 +4,14 @@ import os
 import signal
 import threading
 
+import jax
 import numpy as np
 import pytest
 from flax import nnx
 from flax.core import FrozenDict
 
 from jaxserve import LLM, ConfigError, InvalidRequestError, SamplingParams
-from jaxserve.checkpoints import huggingface
 from jaxserve.models import toy
-from jaxserve.models.weights import unflatten
 
 GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
 
@@ -229,6 +228,7 @@ def test_an_engine_that_cannot_be_built_says_why(arguments, message):
 
 
 def test_chat_needs_a_template_and_uses_it(tiny_llm):
+    pytest.importorskip("jinja2")
     messages = [{"role": "user", "content": "hi"}]
     params = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
     with pytest.raises(InvalidRequestError, match="chat_template"):
@@ -291,23 +291,15 @@ def test_arguments_of_other_engines_get_one_warning():
 
 
 @pytest.mark.parametrize("form", ["nested dict", "FrozenDict", "nnx.State"])
-def test_own_parameters(form, tiny_dir, tiny_llm):
+def test_own_parameters(form, tiny_params, tiny_llm):
     """The researcher's arrays, whichever way Flax holds them, give the tokens of the checkpoint they came from."""
-    from jaxserve.checkpoints.load import load_parameters
-    from jaxserve.models.registry import make_model
-
-    config = huggingface.read_config(tiny_dir)
-    parameters = make_model(config).parameters()
-    import jax
-
-    abstract = {p.path: jax.ShapeDtypeStruct(p.shape, "float32") for p in parameters}
-    tree = unflatten(load_parameters(tiny_dir, parameters, abstract))
+    tree = tiny_params["params"]
     if form == "FrozenDict":
         tree = FrozenDict({"params": tree})
     elif form == "nnx.State":
         tree = nnx.State(jax.tree.map(nnx.Param, tree))
     limits = {"max_num_seqs": 1, "max_num_batched_tokens": 16, "page_size": 8, "num_pages": 48}
-    with LLM(params=tree, config=config, use_tqdm=False, **limits) as llm:
+    with LLM(params=tree, config=tiny_params["config"], use_tqdm=False, **limits) as llm:
         params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
         (own,) = generate(llm, [[9, 8, 7]], params)
         assert own.token_ids == generate(tiny_llm, [[9, 8, 7]], params)[0].token_ids

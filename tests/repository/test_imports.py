@@ -65,11 +65,10 @@ for module in {modules}:
     assert _python(code) == ""
 
 
-def test_the_engine_core_needs_only_what_a_bare_gpu_machine_has():
-    """jax, flax, numpy, orbax and a tokenizer: everything else is blocked, as if it were not installed."""
-    blocked = ["grpc", "grpc_health", "grpc_reflection", "grpc_status", "huggingface_hub", "jinja2", "pydantic_settings"]
-    blocked += ["starlette", "torch", "transformers", "typer", "uvicorn"]
-    _python(f"import sys; sys.modules.update(dict.fromkeys({blocked})); import jaxserve; jaxserve.LLM")
+def test_what_most_models_need_not_is_imported_when_it_is_needed():
+    """Orbax takes 0.3 s of a start and Pallas 0.2 s; a Hugging Face directory on a CPU needs neither."""
+    heavy = ["jax.experimental.pallas", "orbax", "tensorstore", "jinja2", "safetensors", "sentencepiece"]
+    assert _python(f"import sys, jaxserve; jaxserve.LLM; print(set({heavy}) & set(sys.modules))") == "set()\n"
 
 
 def test_who_turns_http_off_does_not_load_it():

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from jaxserve import LLM, ConfigError, SamplingParams
-from jaxserve.testing.tiny_checkpoint import TinyLlama, write_tiny_llama
+from jaxserve.testing.tiny_checkpoint import TinyLlama, caller_params
 
 MAX_SHARE = 1.1
 """Of the fair share of sharded bytes; replicated norms and tables are the rest."""
@@ -18,9 +18,9 @@ MODELS = {
 PROMPT_LENS = (3, 17, 40, 70)
 
 
-def start(path, size):
+def start(name, size):
     limits = {"max_num_seqs": 4, "max_num_batched_tokens": 32, "page_size": 8, "num_pages": 64, "sequence_buckets": (4,)}
-    return LLM(str(path), tensor_parallel_size=size, skip_tokenizer_init=True, use_tqdm=False, **limits)
+    return LLM(**caller_params(MODELS[name]), tensor_parallel_size=size, use_tqdm=False, **limits)
 
 
 def tokens_of(llm):
@@ -34,24 +34,19 @@ def tokens_of(llm):
 
 
 @pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory):
-    return {name: write_tiny_llama(tmp_path_factory.mktemp("tp"), model) for name, model in MODELS.items()}
-
-
-@pytest.fixture(scope="module")
-def unsharded(checkpoints):
+def unsharded():
     """What one device says."""
 
-    def outputs(path):
-        with start(path, 1) as llm:
+    def outputs(name):
+        with start(name, 1) as llm:
             return tokens_of(llm)
 
-    return {name: outputs(path) for name, path in checkpoints.items()}
+    return {name: outputs(name) for name in MODELS}
 
 
 @pytest.mark.parametrize(("name", "size"), [("8 KV heads", 2), ("8 KV heads", 8), ("2 KV heads", 4)])
-def test_tokens_are_those_of_one_device(name, size, checkpoints, unsharded):
-    with start(checkpoints[name], size) as llm:
+def test_tokens_are_those_of_one_device(name, size, unsharded):
+    with start(name, size) as llm:
         for sharded, whole in zip(tokens_of(llm), unsharded[name], strict=True):
             assert sharded.token_ids == whole.token_ids
             assert sharded.cumulative_logprob == pytest.approx(whole.cumulative_logprob, abs=1e-3)
@@ -62,8 +57,8 @@ def test_tokens_are_those_of_one_device(name, size, checkpoints, unsharded):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "size"), [("8 KV heads", 4), ("2 KV heads", 2), ("2 KV heads", 8)])
-def test_tokens_are_those_of_one_device_at_the_other_sizes(name, size, checkpoints, unsharded):
-    test_tokens_are_those_of_one_device(name, size, checkpoints, unsharded)
+def test_tokens_are_those_of_one_device_at_the_other_sizes(name, size, unsharded):
+    test_tokens_are_those_of_one_device(name, size, unsharded)
 
 
 def assert_fair_share(llm, size):
@@ -79,6 +74,6 @@ def assert_fair_share(llm, size):
 
 
 @pytest.mark.parametrize("size", [3, 16])
-def test_a_size_that_does_not_divide_is_refused_with_those_that_do(size, checkpoints):
+def test_a_size_that_does_not_divide_is_refused_with_those_that_do(size):
     with pytest.raises(ConfigError, match=f"one of 1, 2, 4, 8.*got {size}"):
-        start(checkpoints["8 KV heads"], size)
+        start("8 KV heads", size)

@@ -21,25 +21,29 @@ CORPUS = [
     "Zürich café naïve façade 中文 字符 日本語 🌶️ 🎉",
 ] * 40
 BYTE_TOKENS = [f"<0x{b:02X}>" for b in range(256)]
-FLAVOURS = ("llama_sp", "bare_sp", "squeezing_sp", "byte_level", "llama_json", "metaspace_json", "ascii")
+SP_FLAVOURS = ("llama_sp", "bare_sp", "squeezing_sp", "unigram_sp")
+JSON_FLAVOURS = ("byte_level", "qwen_json", "llama_json", "gemma_json", "t5_json", "metaspace_json", "phrase_json")
+FLAVOURS = (*SP_FLAVOURS, *JSON_FLAVOURS, "ascii")
 
 
 def train_sentencepiece(path: Path, **options) -> None:
-    """A byte-fallback BPE model of about 400 pieces."""
+    """A byte-fallback BPE model of about 400 pieces, unless the options say otherwise."""
     import sentencepiece
 
     model = io.BytesIO()
+    settings = {
+        "vocab_size": 420,
+        "model_type": "bpe",
+        "byte_fallback": True,
+        "normalization_rule_name": "identity",
+    } | options
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(CORPUS),
         model_writer=model,
-        vocab_size=420,
-        model_type="bpe",
-        byte_fallback=True,
-        normalization_rule_name="identity",
         hard_vocab_limit=False,
         minloglevel=2,
         num_threads=1,
-        **options,
+        **settings,
     )
     path.write_bytes(model.getvalue())
 
@@ -51,16 +55,10 @@ def write_json(path: Path, content: object) -> None:
 
 def write_byte_level(directory: Path) -> None:
     """GPT-2's and Llama 3's kind: bytes as characters, bos by post-processor, two ends."""
-    from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
-    from tokenizers import Tokenizer as LibraryTokenizer
+    from tokenizers import AddedToken, processors
 
-    library = LibraryTokenizer(models.BPE())
-    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    library.decoder = decoders.ByteLevel()
     special = ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
-    library.train_from_iterator(CORPUS, trainer)
+    library = train_byte_level(special)
     library.add_tokens([AddedToken("<think>", special=False, normalized=False)])
     library.post_processor = processors.TemplateProcessing(
         single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", 0)]
@@ -73,27 +71,72 @@ def write_byte_level(directory: Path) -> None:
     write_json(directory / "config.json", {"eos_token_id": 2, "bos_token_id": 0})
 
 
-def write_spaced_json(directory: Path, *, metaspace: bool) -> None:
-    """Llama 2's kind of tokenizer.json (Replace, ByteFallback, Fuse, Strip), or T5's (Metaspace)."""
+def write_qwen(directory: Path) -> None:
+    """Qwen's kind: bytes as characters, NFC, no bos, and many added tokens, special and not, at the end of the vocabulary.
+
+    Two of them are spelled outside of the byte alphabet (DeepSeek's bars, spaces), and one inside of it, but not in ASCII.
+    """
+    from tokenizers import AddedToken, normalizers
+
+    library = train_byte_level([])
+    library.normalizer = normalizers.NFC()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<｜end▁of▁sentence｜>", "<|vision pad|>", "<|é|>"]
+    plain = ["<tool_call>", "</tool_call>", "<think>", "</think>", "<|fim ¦ prefix|>"]
+    library.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special])
+    library.add_tokens([AddedToken(text, special=False, normalized=False) for text in plain])
+    library.save(str(directory / "tokenizer.json"))
+    write_json(directory / "tokenizer_config.json", {"bos_token": None, "eos_token": "<|im_end|>", "add_bos_token": False})
+
+
+def train_byte_level(special: list[str]):
+    """A byte-level BPE with all 256 bytes."""
+    from tokenizers import Tokenizer as LibraryTokenizer
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    library = LibraryTokenizer(models.BPE())
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    library.train_from_iterator(CORPUS, trainer)
+    return library
+
+
+def write_spaced_json(directory: Path, kind: str) -> None:
+    """A tokenizer.json with `▁` for a space.
+
+    Args:
+        directory: where to.
+        kind: "llama" (Prepend and Strip, byte fallback; Llama 2, Mistral), "gemma" (no prefix, byte fallback), "t5" (unigram,
+            Metaspace), "metaspace" (BPE, Metaspace that splits nothing) or "phrase" (Metaspace before the first word alone).
+    """
     from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
     from tokenizers import Tokenizer as LibraryTokenizer
 
-    library = LibraryTokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     special = ["<unk>", "<s>", "</s>"]
-    if metaspace:
-        library.pre_tokenizer = pre_tokenizers.Metaspace()
-        library.decoder = decoders.Metaspace()
+    has_bytes = kind in ("llama", "gemma")
+    if kind == "t5":
+        library = LibraryTokenizer(models.Unigram())
+        trainer = trainers.UnigramTrainer(vocab_size=200, special_tokens=special, unk_token="<unk>", show_progress=False)
     else:
-        library.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-        replace, strip = decoders.Replace("▁", " "), decoders.Strip(" ", 1, 0)
-        library.decoder = decoders.Sequence([replace, decoders.ByteFallback(), decoders.Fuse(), strip])
-        special += BYTE_TOKENS  # the trainer has no other way to take them in; made plain again below
-    trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=special, show_progress=False, max_token_length=8)
+        library = LibraryTokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+        # The trainer has no other way to take bytes in; made plain again below.
+        taken = special + BYTE_TOKENS * has_bytes
+        trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=taken, show_progress=False, max_token_length=8)
+    if has_bytes:
+        prepend = [normalizers.Prepend("▁")] * (kind == "llama")
+        library.normalizer = normalizers.Sequence([*prepend, normalizers.Replace(" ", "▁")])
+        steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+        library.decoder = decoders.Sequence(steps + [decoders.Strip(" ", 1, 0)] * (kind == "llama"))
+    else:
+        scheme = {"split": kind != "metaspace", "prepend_scheme": "first" if kind == "phrase" else "always"}
+        library.pre_tokenizer = pre_tokenizers.Metaspace(**scheme)
+        library.decoder = decoders.Metaspace(**scheme)
     library.train_from_iterator(CORPUS, trainer)
     content = json.loads(library.to_str())
     content["added_tokens"] = [t for t in content["added_tokens"] if t["content"] not in BYTE_TOKENS]
     library = LibraryTokenizer.from_str(json.dumps(content))
-    library.add_special_tokens([AddedToken(text, normalized=False) for text in ("<unk>", "<s>", "</s>")])
+    library.add_special_tokens([AddedToken(text, normalized=False) for text in special])
     library.save(str(directory / "tokenizer.json"))
     write_json(
         directory / "tokenizer_config.json",
@@ -115,11 +158,16 @@ def model_directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
             train_sentencepiece(directory / "tokenizer.model", add_dummy_prefix=False, remove_extra_whitespaces=False)
             write_json(directory / "tokenizer_config.json", {"add_bos_token": False})
         elif flavour == "squeezing_sp":
-            train_sentencepiece(directory / "tokenizer.model", user_defined_symbols=["<sep>"])
+            train_sentencepiece(directory / "tokenizer.model", user_defined_symbols=["<sep>", "▁▁"])
+        elif flavour == "unigram_sp":
+            unigram = {"model_type": "unigram", "byte_fallback": False, "vocab_size": 150}
+            train_sentencepiece(directory / "tokenizer.model", **unigram)
         elif flavour == "byte_level":
             write_byte_level(directory)
-        elif flavour in ("llama_json", "metaspace_json"):
-            write_spaced_json(directory, metaspace=flavour == "metaspace_json")
+        elif flavour == "qwen_json":
+            write_qwen(directory)
+        elif flavour.endswith("_json"):
+            write_spaced_json(directory, flavour.removesuffix("_json"))
         else:
             write_json(directory / "config.json", {"model_type": "toy"})
     return found
