@@ -16,7 +16,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from jaxserve.checkpoints import directory, huggingface_writer, orbax_store
+from jaxserve.checkpoints import directory, huggingface_writer, orbax_store, records
 from jaxserve.checkpoints.huggingface import HuggingFaceSource
 from jaxserve.checkpoints.load import FORMATS, Format, detect
 from jaxserve.checkpoints.orbax_store import OrbaxSource
@@ -87,6 +87,7 @@ def convert(
     check_destination(destination, overwrite)
     clear_abandoned(destination)  # before room is looked for
     found = detect(source)
+    records.check(source)
     config = directory.read_json(source, directory.CONFIG)
     parameters = make_model(config).parameters()
     tensors = _open(source, found, parameters)
@@ -129,9 +130,10 @@ def _summary(
 
 
 def _open(source: Path, found: Format, parameters: tuple[Parameter, ...]) -> ParameterSource:
+    """Returns the tensors of a source whose files are as they were recorded."""
     if found == "huggingface":
         return HuggingFaceSource(source, parameters)
-    stored = OrbaxSource(source)
+    stored = OrbaxSource(source, verify=False)
     check_complete(parameters, {name: spec.shape for name, spec in stored.specs.items()}, str(source))
     return stored
 

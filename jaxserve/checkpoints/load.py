@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import jax
 
-from jaxserve.checkpoints import directory, huggingface, manifest, orbax_store
+from jaxserve.checkpoints import directory, huggingface, manifest, orbax_store, records, staging
 from jaxserve.errors import CheckpointError
 from jaxserve.models.weights import Parameter, check_complete
 
@@ -26,6 +26,10 @@ def detect(path: str | Path) -> Format:
     root = Path(path)
     if not root.is_dir():
         raise CheckpointError(f"{root} is not a directory.")
+    if staging.is_staging(root):
+        raise CheckpointError(
+            f"{root} is what a conversion that was killed left behind; run it again, which removes this directory too."
+        )
     if (root / orbax_store.PARAMS).is_dir():
         if not (root / manifest.NAME).exists():
             raise CheckpointError(f"{root} has {orbax_store.PARAMS}/ but no {manifest.NAME}; copy the checkpoint again.")
@@ -56,13 +60,18 @@ def load_parameters(
     Args:
         parameters: every tensor that the model of config.json has.
         abstract: {path: shape, dtype to cast to, sharding}; without a sharding, the first device.
-        verify: check the hashes of an Orbax directory first. Hugging Face directories have none; their headers are
-            always checked.
+        verify: check the recorded hashes first (`records`). A Hugging Face directory from elsewhere has none; headers and
+            index are always checked.
 
     Raises:
         CheckpointError: names file and tensor.
     """
-    if detect(path) == "huggingface":
+    found = detect(path)
+    if verify:
+        records.check_sidecars(Path(path))  # a damaged config.json would be told as a tensor that is missing
+    if found == "huggingface":
+        if verify:
+            records.check(Path(path))
         return huggingface.load(path, parameters, abstract)
     check_complete(parameters, {name: tuple(target.shape) for name, target in abstract.items()}, "the abstract tree")
     return orbax_store.load(path, abstract, verify=verify)

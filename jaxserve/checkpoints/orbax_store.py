@@ -13,9 +13,9 @@ import functools
 import json
 import math
 import operator
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +23,19 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from jaxserve.checkpoints import directory
+from jaxserve.checkpoints import directory, orbax_arrays, records
 from jaxserve.checkpoints import manifest as manifests
+from jaxserve.checkpoints.directory import PARAMS
 from jaxserve.checkpoints.manifest import Manifest
-from jaxserve.checkpoints.source import FLOATS, InMemory, ParameterSource, TensorSpec
+from jaxserve.checkpoints.source import FLOATS, InMemory, ParameterSource, TensorSpec, cast
 from jaxserve.checkpoints.staging import staged
 from jaxserve.errors import CheckpointError
 from jaxserve.models.weights import Parameter, check_complete, unflatten
 
-PARAMS = "params"
-
 StorageOptions = ocp.options.ArrayOptions.Saving.StorageOptions
 _MAX_ITEMSIZE = 4
 
-GROUP_BYTES = 256 << 20  # written or read in one Orbax call; a larger tensor is a group of its own
+GROUP_BYTES = 256 << 20  # written or read in one Orbax call; a larger tensor goes in strips (`orbax_arrays`)
 # A chunk is read whole for any part of it. Without a limit a tensor is one chunk, and each of 8 shards would read all of it.
 _CHUNK_BYTES, _MIN_CHUNK_BYTES = 4 << 20, 256 << 10
 _CONCURRENT_BYTES = 1 << 30
@@ -94,7 +93,7 @@ def save_from(
         write_files(root, config, files)
         return manifests.write(
             root,
-            creator=f"jaxserve {_version()}",
+            creator=manifests.creator(),
             parameters={name: (spec.shape, spec.dtype.name) for name, spec in specs.items()},
             num_bytes=sum(spec.num_bytes for spec in specs.values()),
         )
@@ -102,30 +101,39 @@ def save_from(
 
 def _write_payload(payload: Path, source: ParameterSource, on_bytes: Callable[[int], Any], shown: str) -> None:
     specs = source.specs
+    large = [name for name, spec in specs.items() if spec.num_bytes > GROUP_BYTES]
 
     def write_group(arrays: dict[str, Any]) -> None:
-        with _orbax_errors(shown, "written"), _saving(max(specs[name].num_bytes for name in arrays)):
+        with _orbax_errors(shown, "written"), _saving(max(array.nbytes for array in arrays.values())):
             ocp.partial.save(str(payload), unflatten(arrays))
 
     # Ctrl-C inside Orbax would leave its threads writing into a directory that is being removed. It reaches this thread,
     # which then waits for the other one: at most one group.
     with ThreadPoolExecutor(1) as orbax:
-        for group in _groups(specs):
+        for group in _groups({name: spec for name, spec in specs.items() if name not in large}):
             orbax.submit(write_group, dict(source.iterate(group))).result()
             on_bytes(sum(specs[name].num_bytes for name in group))
+        if large:
+            orbax.submit(write_group, {n: orbax_arrays.placeholder(specs[n].shape, specs[n].dtype) for n in large}).result()
         with _orbax_errors(shown, "written"):
             orbax.submit(ocp.partial.finalize, str(payload)).result()
+            for name, array in source.iterate(large):
+                store = orbax.submit(orbax_arrays.create, payload, name, specs[name].shape).result()
+                for strip in orbax_arrays.strips(store):
+                    orbax.submit(orbax_arrays.write, store, strip, array).result()
+                    on_bytes(array[strip].nbytes)
+                del array  # before the next one is read
 
 
 def write_files(root: Path, config: Mapping[str, Any] | bytes, files: Mapping[str, bytes]) -> None:
-    """Writes config.json and the files beside the tensors."""
+    """Writes the files beside the tensors, and config.json last: without it nobody takes the directory for a model."""
     text = config if isinstance(config, bytes) else (json.dumps(config, indent=2) + "\n").encode()
     directory.parse_json(text, directory.CONFIG)
-    (root / directory.CONFIG).write_bytes(text)
     for name, data in files.items():
         if name not in directory.SIDECARS:
             raise CheckpointError(f"files may hold {', '.join(directory.SIDECARS)}; got {name!r}.")
         (root / name).write_bytes(data)
+    (root / directory.CONFIG).write_bytes(text)
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
@@ -135,10 +143,8 @@ def read_config(path: str | Path) -> dict[str, Any]:
 
 def verify(path: str | Path) -> Manifest:
     """Hashes every file and returns the manifest; CheckpointError names each file that is not as it was written."""
-    root = Path(path)
-    manifest = manifests.read(root)
-    manifests.verify(root, manifest)
-    return manifest
+    records.check(Path(path))
+    return manifests.read(Path(path))
 
 
 def load(path: str | Path, abstract: Mapping[str, jax.ShapeDtypeStruct], *, verify: bool = True) -> dict[str, jax.Array]:
@@ -155,7 +161,7 @@ def load(path: str | Path, abstract: Mapping[str, jax.ShapeDtypeStruct], *, veri
     manifest = manifests.read(root)
     _check_matches(root, manifest, abstract)
     if verify:
-        manifests.verify(root, manifest)
+        records.check(root)
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     targets = {
         name: target if target.sharding is not None else jax.ShapeDtypeStruct(target.shape, target.dtype, sharding=here)
@@ -171,16 +177,20 @@ class OrbaxSource:
         self._root = Path(path)
         self.manifest = manifests.read(self._root)
         if verify:
-            manifests.verify(self._root, self.manifest)
+            records.check(self._root)
         self.specs: Mapping[str, TensorSpec] = {
             name: TensorSpec(shape, FLOATS[dtype]) for name, (shape, dtype) in self.manifest.parameters.items()
         }
 
-    def iterate(self, paths: Iterable[str]) -> Iterator[tuple[str, np.ndarray]]:
+    def iterate(self, paths: Iterable[str], dtype: np.dtype | None = None) -> Iterator[tuple[str, np.ndarray]]:
         for group in _groups({name: self.specs[name] for name in paths}):
+            if self.specs[group[0]].num_bytes > GROUP_BYTES:
+                with _orbax_errors(self._root / PARAMS, "restored"):
+                    yield group[0], orbax_arrays.read(self._root / PARAMS, group[0], dtype or self.specs[group[0]].dtype)
+                continue
             arrays = _restore(self._root, {name: _numpy_target(self.specs[name]) for name in group})
             for name in group:
-                yield name, arrays.pop(name)
+                yield name, cast(arrays.pop(name), dtype or self.specs[name].dtype, name)
 
 
 def _groups(specs: Mapping[str, TensorSpec]) -> Iterator[list[str]]:
@@ -251,7 +261,7 @@ def _restore(root: Path, targets: Mapping[str, Any]) -> dict[str, Any]:
     largest = max((math.prod(target.shape) * _MAX_ITEMSIZE for target in targets.values()), default=0)
     context.memory.read_concurrent_bytes = _concurrent_bytes(largest)
     with _orbax_errors(root / PARAMS, "restored"), context:
-        tree = ocp.load(str(root / PARAMS), unflatten(targets))
+        tree = ocp.load(os.path.abspath(root / PARAMS), unflatten(targets))
     return {path: functools.reduce(operator.getitem, path.split("/"), tree) for path in targets}
 
 
@@ -266,10 +276,3 @@ def _check_matches(root: Path, manifest: Manifest, abstract: Mapping[str, jax.Sh
     for name, target in abstract.items():
         if np.dtype(target.dtype) not in FLOATS.values():
             raise CheckpointError(f"{name} is asked for as {target.dtype}; allowed are {', '.join(FLOATS)}.")
-
-
-def _version() -> str:
-    try:
-        return metadata.version("jaxserve")
-    except metadata.PackageNotFoundError:
-        return "unknown"

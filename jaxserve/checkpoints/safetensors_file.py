@@ -125,7 +125,7 @@ def read(
         stop = min(start + strip_rows, last)
         strip = np.empty((stop - start, *tensor.shape[1:]), stored)
         _read_exactly(descriptor, strip, tensor.begin + start * row_bytes, tensor)
-        part = cast(strip[(slice(None), *columns)], dtype, tensor.name)
+        part = cast(strip[(slice(None), *columns)], dtype, f"{tensor.file}: {tensor.name}")
         copy_bits(target[start - first : stop - first], part)
 
     with tensor.file.open("rb") as file:
