@@ -4,6 +4,7 @@ Knows sha256 and git's name of a blob. Does not know where expectations come fro
 """
 
 import hashlib
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ def of_files(root: Path, names: Iterable[str]) -> dict[str, Digest]:
     """Returns {name: sha256} of files below `root`."""
     listed = list(names)
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
-        return dict(zip(listed, pool.map(lambda name: _digest(root / name, "sha256"), listed), strict=True))
+        return dict(zip(listed, pool.map(lambda name: _digest(directory.member(root, name), "sha256"), listed), strict=True))
 
 
 def differences(
@@ -48,11 +49,17 @@ def differences(
     """Returns a clause for each file of `root` that is missing, of another size or of another content.
 
     Args:
-        on_bytes: told, from any thread, how many bytes were just hashed.
+        on_bytes: told, by one thread at a time, how many bytes were just hashed.
 
     Raises:
         CheckpointError: a file that cannot be read, or is a link out of the directory.
     """
+
+    lock = threading.Lock()
+
+    def tell(count: int) -> None:
+        with lock:
+            on_bytes(count)
 
     def difference(name: str) -> str | None:
         digest, path = expected[name], directory.member(root, name)
@@ -61,7 +68,7 @@ def differences(
         size = path.stat().st_size
         if digest.num_bytes is not None and size != digest.num_bytes:
             return f"{name} has {size} bytes instead of {digest.num_bytes}"
-        if _digest(path, digest.algorithm, on_bytes).value != digest.value:
+        if _digest(path, digest.algorithm, tell).value != digest.value:
             return f"{name} has another {digest.algorithm} than when it was written"
         return None
 

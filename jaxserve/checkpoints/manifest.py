@@ -67,7 +67,9 @@ def write(
         parameters=dict(parameters),
         files=digests.of_files(root, sorted(files)),
     )
-    (root / name).write_bytes(_render(manifest))
+    partial = root / f".{name}.partial"
+    partial.write_bytes(_render(manifest))
+    partial.replace(root / name)
     return manifest
 
 

@@ -30,7 +30,7 @@ from jaxserve.checkpoints.manifest import Manifest
 from jaxserve.checkpoints.source import FLOATS, InMemory, ParameterSource, TensorSpec, cast
 from jaxserve.checkpoints.staging import staged
 from jaxserve.errors import CheckpointError
-from jaxserve.models.weights import Parameter, check_complete, unflatten
+from jaxserve.models.weights import Parameter, check_complete, flatten, unflatten
 
 StorageOptions = ocp.options.ArrayOptions.Saving.StorageOptions
 _MAX_ITEMSIZE = 4
@@ -162,6 +162,7 @@ def load(path: str | Path, abstract: Mapping[str, jax.ShapeDtypeStruct], *, veri
     _check_matches(root, manifest, abstract)
     if verify:
         records.check(root)
+    _check_payload(root, manifest)
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     targets = {
         name: target if target.sharding is not None else jax.ShapeDtypeStruct(target.shape, target.dtype, sharding=here)
@@ -178,6 +179,7 @@ class OrbaxSource:
         self.manifest = manifests.read(self._root)
         if verify:
             records.check(self._root)
+        _check_payload(self._root, self.manifest)
         self.specs: Mapping[str, TensorSpec] = {
             name: TensorSpec(shape, FLOATS[dtype]) for name, (shape, dtype) in self.manifest.parameters.items()
         }
@@ -254,7 +256,7 @@ def _restore(root: Path, targets: Mapping[str, Any]) -> dict[str, Any]:
     """Loads exactly `targets` {path: target}.
 
     With `partial_load` Orbax answers an unknown name, or a numpy target of another shape, with the target itself; every
-    caller has compared names and shapes with the manifest before.
+    caller has compared names and shapes with the manifest, and the manifest with the payload.
     """
     context = ocp.Context()
     context.pytree.loading.partial_load = True
@@ -268,6 +270,22 @@ def _restore(root: Path, targets: Mapping[str, Any]) -> dict[str, Any]:
 def _numpy_target(spec: TensorSpec) -> np.ndarray:
     """Returns an array that occupies no memory; its type makes Orbax restore numpy."""
     return np.broadcast_to(np.zeros((), spec.dtype), spec.shape)
+
+
+def _check_payload(root: Path, manifest: Manifest) -> None:
+    """Raises CheckpointError unless the payload holds exactly the tensors that the manifest names."""
+    with _orbax_errors(root / PARAMS, "read"):
+        tree = ocp.metadata(os.path.abspath(root / PARAMS)).metadata
+    if not isinstance(tree, Mapping):
+        raise CheckpointError(f"{root / PARAMS} holds no tree of tensors; convert the checkpoint again from its source.")
+    stored = {name: (tuple(leaf.shape), np.dtype(leaf.dtype).name) for name, leaf in flatten(tree).items()}
+    for name in sorted(stored.keys() | manifest.parameters.keys()):
+        held, said = stored.get(name, "nothing"), manifest.parameters.get(name, "nothing")
+        if held != said:
+            raise CheckpointError(
+                f"{root / PARAMS} holds {held} as {name}, {manifests.NAME} says {said}; convert the checkpoint again from its "
+                "source."
+            )
 
 
 def _check_matches(root: Path, manifest: Manifest, abstract: Mapping[str, jax.ShapeDtypeStruct]) -> None:

@@ -59,7 +59,7 @@ def check(root: Path, on_bytes: Callable[[int], object] = lambda count: None) ->
     """Hashes every file that the record of `root` lists, and returns the record, if there is one.
 
     Args:
-        on_bytes: told, from any thread, how many bytes were just hashed.
+        on_bytes: told, by one thread at a time, how many bytes were just hashed.
 
     Raises:
         CheckpointError: names each file that is missing, of another size or content, or that a load would read although it
