@@ -11,9 +11,11 @@ or Hugging Face tensors. Holds no state.
 import contextlib
 import functools
 import json
+import logging
 import math
 import operator
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -32,13 +34,15 @@ from jaxserve.checkpoints.staging import staged
 from jaxserve.errors import CheckpointError
 from jaxserve.models.weights import Parameter, check_complete, flatten, unflatten
 
-StorageOptions = ocp.options.ArrayOptions.Saving.StorageOptions
 _MAX_ITEMSIZE = 4
 
 GROUP_BYTES = 256 << 20  # written or read in one Orbax call; a larger tensor goes in strips (`orbax_arrays`)
-# A chunk is read whole for any part of it. Without a limit a tensor is one chunk, and each of 8 shards would read all of it.
-_CHUNK_BYTES, _MIN_CHUNK_BYTES = 4 << 20, 256 << 10
 _CONCURRENT_BYTES = 1 << 30
+
+_OS_REASON = re.compile(
+    r"([^:]+) \[os_error_code="
+)  # tensorstore: "...: <file>: No space left on device [os_error_code='28']"
+_MAX_REASON = 300
 
 
 def save(
@@ -101,28 +105,30 @@ def save_from(
 
 def _write_payload(payload: Path, source: ParameterSource, on_bytes: Callable[[int], Any], shown: str) -> None:
     specs = source.specs
-    large = [name for name, spec in specs.items() if spec.num_bytes > GROUP_BYTES]
-
-    def write_group(arrays: dict[str, Any]) -> None:
-        with _orbax_errors(shown, "written"), _saving(max(array.nbytes for array in arrays.values())):
-            ocp.partial.save(str(payload), unflatten(arrays))
-
-    # Ctrl-C inside Orbax would leave its threads writing into a directory that is being removed. It reaches this thread,
-    # which then waits for the other one: at most one group.
-    with ThreadPoolExecutor(1) as orbax:
-        for group in _groups({name: spec for name, spec in specs.items() if name not in large}):
-            orbax.submit(write_group, dict(source.iterate(group))).result()
-            on_bytes(sum(specs[name].num_bytes for name in group))
-        if large:
-            orbax.submit(write_group, {n: orbax_arrays.placeholder(specs[n].shape, specs[n].dtype) for n in large}).result()
-        with _orbax_errors(shown, "written"):
-            orbax.submit(ocp.partial.finalize, str(payload)).result()
-            for name, array in source.iterate(large):
-                store = orbax.submit(orbax_arrays.create, payload, name, specs[name].shape).result()
-                for strip in orbax_arrays.strips(store):
-                    orbax.submit(orbax_arrays.write, store, strip, array).result()
+    shapes = {name: spec.shape for name, spec in specs.items()}
+    places = {name: orbax_arrays.placeholder(spec.shape, spec.dtype) for name, spec in specs.items()}
+    # Ctrl-C inside a write would leave threads writing into a directory that is being removed. It reaches this thread, which
+    # then waits for the other one: at most one group.
+    with ThreadPoolExecutor(1) as writer, _orbax_errors(shown, "written"):
+        writer.submit(_save_tree, payload, unflatten(places)).result()
+        stores = writer.submit(orbax_arrays.create, payload, shapes).result()
+        for group in _groups(specs):
+            if specs[group[0]].num_bytes <= GROUP_BYTES:
+                writer.submit(orbax_arrays.write, stores, dict(source.iterate(group))).result()
+                on_bytes(sum(specs[name].num_bytes for name in group))
+                continue
+            for _, array in source.iterate(group):
+                for strip in orbax_arrays.strips(stores[group[0]]):
+                    writer.submit(orbax_arrays.write_strip, stores[group[0]], strip, array).result()
                     on_bytes(array[strip].nbytes)
                 del array  # before the next one is read
+
+
+def _save_tree(payload: Path, tree: dict[str, Any]) -> None:
+    context = ocp.Context()
+    context.array.saving.use_compression = False  # zstd takes 24 % off random bfloat16, and loading takes 2.5 times as long
+    with context:
+        ocp.save(str(payload), tree)
 
 
 def write_files(root: Path, config: Mapping[str, Any] | bytes, files: Mapping[str, bytes]) -> None:
@@ -210,46 +216,31 @@ def _groups(specs: Mapping[str, TensorSpec]) -> Iterator[list[str]]:
 
 @contextlib.contextmanager
 def _orbax_errors(path: str | Path, done: str) -> Iterator[None]:
-    """Orbax raises bare `Exception` for some failures, and tensorstore ValueError for a full disk."""
+    """One line for what Orbax and tensorstore raise: bare `Exception` for some failures, ValueError for a full disk.
+
+    Orbax also logs the traceback of each of its threads, which ends in the same error; that is not shown.
+    """
+    logger = logging.getLogger("absl")
+    logger.addFilter(_is_no_error)
     try:
         yield
     except (CheckpointError, MemoryError):
         raise
     except Exception as error:
-        raise CheckpointError(f"{path} cannot be {done} by Orbax: {error}") from error
+        reason = _OS_REASON.search(str(error))
+        text = reason[1].strip() if reason else " ".join(str(error).split())[:_MAX_REASON]
+        raise CheckpointError(f"{path} cannot be {done} by Orbax: {text}.") from error
+    finally:
+        logger.removeFilter(_is_no_error)
 
 
-def _saving(largest_bytes: int) -> ocp.Context:
-    context = ocp.Context()
-    context.array.saving.use_compression = False  # zstd takes 24 % off random bfloat16, and loading takes 2.5 times as long
-    context.array.saving.scoped_storage_options_creator = _storage_options
-    context.memory.deepcopy_host_arrays = False
-    context.memory.write_concurrent_bytes = _concurrent_bytes(largest_bytes)
-    return context
+def _is_no_error(record: logging.LogRecord) -> bool:
+    return record.levelno < logging.ERROR
 
 
 def _concurrent_bytes(largest_bytes: int) -> int:
     """Returns a limit for Orbax, which refuses a tensor that is not smaller than it (a 128,256 x 4,096 embedding is 1 GB)."""
     return max(_CONCURRENT_BYTES, 2 * largest_bytes + 1)
-
-
-def _storage_options(key: Any, value: Any) -> StorageOptions | None:
-    """Asks for chunks of 4 MB, unless that would make tiny ones.
-
-    Orbax halves the largest dimension by its divisors until a chunk fits: a vocabulary of 151,643 (a prime) would become
-    151,643 chunks of one row. Such a tensor stays in one piece.
-    """
-    shape = value.sharding.shard_shape(value.shape) if isinstance(value, jax.Array) else value.shape
-    chunk = [max(1, length) for length in shape]
-    num_bytes = math.prod(chunk) * np.dtype(value.dtype).itemsize
-    while num_bytes > _CHUNK_BYTES:
-        largest = max(range(len(chunk)), key=chunk.__getitem__)
-        length = chunk[largest]
-        divisor = next(d for d in range(2, length + 1) if length % d == 0)
-        chunk[largest] //= divisor
-        num_bytes //= divisor
-    is_cut = tuple(chunk) != tuple(shape)
-    return StorageOptions(chunk_byte_size=_CHUNK_BYTES) if is_cut and num_bytes >= _MIN_CHUNK_BYTES else None
 
 
 def _restore(root: Path, targets: Mapping[str, Any]) -> dict[str, Any]:

@@ -275,16 +275,16 @@ _CHILD = """
 import os, resource, signal, sys, threading, time
 from jaxserve.checkpoints import orbax_store
 from jaxserve.checkpoints.convert import convert
-from orbax.checkpoint import v1 as ocp
+from jaxserve.checkpoints import orbax_arrays
 import jax; jax.devices()
 source, destination, to, group, interrupt = sys.argv[1:]
 orbax_store.GROUP_BYTES = int(group)
-save = ocp.partial.save
+save = orbax_arrays.write
 def interrupted(*args):
     threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()
     save(*args)
 if interrupt == "yes":
-    ocp.partial.save = interrupted
+    orbax_arrays.write = interrupted
 peak = lambda: int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1]) << 10
 before = peak()
 convert(source, destination, to=to)
