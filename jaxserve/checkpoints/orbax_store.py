@@ -272,6 +272,8 @@ def _check_payload(root: Path, manifest: Manifest) -> None:
     stored = {name: (tuple(leaf.shape), np.dtype(leaf.dtype).name) for name, leaf in flatten(tree).items()}
     for name in sorted(stored.keys() | manifest.parameters.keys()):
         held, said = stored.get(name, "nothing"), manifest.parameters.get(name, "nothing")
+        if isinstance(held, tuple) and held[1] not in FLOATS:
+            raise CheckpointError(f"{root / PARAMS}: {name} has dtype {held[1]}; allowed are {', '.join(FLOATS)}.")
         if held != said:
             raise CheckpointError(
                 f"{root / PARAMS} holds {held} as {name}, {manifests.NAME} says {said}; convert the checkpoint again from its "
