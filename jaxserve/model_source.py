@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jaxserve.checkpoints import directory, hub
+from jaxserve.checkpoints import directory, hub, records
 from jaxserve.errors import ConfigError
 from jaxserve.models.weights import flatten
 from jaxserve.tokenization.ascii_tokenizer import AsciiTokenizer
@@ -67,6 +67,7 @@ def find_model(
         own = None if skip_tokenizer else _tokenizer(tokenizer) or AsciiTokenizer()
         return ModelSource(TOY, config, None, {"scale": np.ones(1, np.float32)}, own)
     path = EMBEDDED if model is None else hub.resolve(model, revision)
+    records.check_sidecars(path)
     return ModelSource(
         name="embedded" if model is None else (model if not Path(model).exists() else path.resolve().name),
         config=directory.read_json(path, directory.CONFIG),
@@ -117,6 +118,8 @@ def canonical_leaves(params: Any) -> dict[str, Any]:
 
 def _tokenizer(tokenizer: str | Tokenizer | None) -> Tokenizer | None:
     if isinstance(tokenizer, (str, Path)):
+        if Path(tokenizer).is_dir():
+            records.check_sidecars(Path(tokenizer))
         return load_tokenizer(tokenizer)
     if tokenizer is not None and not hasattr(tokenizer, "encode"):
         raise ConfigError(f"tokenizer must be a directory, a Tokenizer or None, got {tokenizer!r}.")

@@ -1,7 +1,7 @@
 """The `jaxserve` command. Knows arguments, terminals and exit statuses, and imports what a command needs when it runs.
 
-Exit statuses: 0 done, 1 an error (one line on stderr), 2 wrong usage, 130 Ctrl-C. Standard output has the result alone: the
-completion of `generate`, the ready lines of `serve`.
+Exit statuses: 0 done, 1 an error (one line on stderr), 2 wrong usage, 3 nothing to compare with (`verify`), 130 Ctrl-C.
+Standard output has the result alone: the completion of `generate`, the ready lines of `serve`, what `verify` found.
 """
 
 import contextlib
@@ -164,6 +164,34 @@ def convert(
         convert_checkpoint(found, destination, dtype=dtype, to=to, show_progress=not quiet, overwrite=overwrite)
         if not quiet:
             typer.echo(f"{destination} holds {source} for {to}", err=True)
+
+
+@app.command()
+def verify(
+    model: Annotated[str, typer.Argument(help="A directory or a Hub id.")],
+    *,
+    write: Annotated[
+        bool, typer.Option("--write", help="Record a Hugging Face directory as it is now; every later load compares.")
+    ] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Nothing but errors on stderr, and nothing on stdout.")
+    ] = False,
+) -> None:
+    """Check a checkpoint: the hash of every file, the name, shape and type of every tensor.
+
+    The exit status is 0 if all is as it was written, 1 if not (the files are named), and 3 if the structure is sound and no
+    hashes were ever recorded.
+    """
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    with _errors_on_one_line():
+        from jaxserve.checkpoints import hub
+        from jaxserve.checkpoints.verify import verify as verify_checkpoint
+
+        found = verify_checkpoint(hub.resolve(model), write=write, show_progress=not quiet)
+        if not quiet:
+            typer.echo(str(found), err=found.record is None)
+    if found.record is None:
+        raise typer.Exit(3)
 
 
 class _Writer:

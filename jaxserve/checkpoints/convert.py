@@ -16,12 +16,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from jaxserve.checkpoints import directory, huggingface_writer, orbax_store
+from jaxserve.checkpoints import directory, huggingface_writer, orbax_store, records
 from jaxserve.checkpoints.huggingface import HuggingFaceSource
 from jaxserve.checkpoints.load import FORMATS, Format, detect
 from jaxserve.checkpoints.orbax_store import OrbaxSource
 from jaxserve.checkpoints.source import Cast, ParameterSource, float_dtype
-from jaxserve.checkpoints.staging import check_destination
+from jaxserve.checkpoints.staging import check_destination, clear_abandoned
 from jaxserve.errors import CheckpointError
 from jaxserve.models.registry import make_model
 from jaxserve.models.weights import Parameter, check_complete
@@ -85,7 +85,9 @@ def convert(
         raise CheckpointError(f"to must be one of {', '.join(FORMATS)}, got {to!r}.")
     _check_apart(source, destination)
     check_destination(destination, overwrite)
+    clear_abandoned(destination)  # before room is looked for
     found = detect(source)
+    records.check(source)
     config = directory.read_json(source, directory.CONFIG)
     parameters = make_model(config).parameters()
     tensors = _open(source, found, parameters)
@@ -100,15 +102,12 @@ def convert(
     bar = tqdm(total=num_bytes, unit="B", unit_scale=True, desc=destination.name, file=sys.stderr,
                disable=None if show_progress else True)  # fmt: skip
     options = {"overwrite": overwrite, "on_bytes": bar.update}
-    try:
-        with bar:
-            if to == "orbax":
-                orbax_store.save_from(destination, tensors, config_bytes, files, **options)
-            else:
-                options["max_shard_bytes"] = max_shard_bytes
-                huggingface_writer.write_from(destination, parameters, tensors, config_bytes, files, **options)
-    except OSError as error:
-        raise CheckpointError(f"{destination} cannot be written: {error}. Nothing was left there.") from error
+    with bar:
+        if to == "orbax":
+            orbax_store.save_from(destination, tensors, config_bytes, files, **options)
+        else:
+            options["max_shard_bytes"] = max_shard_bytes
+            huggingface_writer.write_from(destination, parameters, tensors, config_bytes, files, **options)
     return _summary(source, destination, to, tensors, (directory.CONFIG, *files), time.monotonic() - started)
 
 
@@ -131,9 +130,10 @@ def _summary(
 
 
 def _open(source: Path, found: Format, parameters: tuple[Parameter, ...]) -> ParameterSource:
+    """Returns the tensors of a source whose files are as they were recorded."""
     if found == "huggingface":
         return HuggingFaceSource(source, parameters)
-    stored = OrbaxSource(source)
+    stored = OrbaxSource(source, verify=False)
     check_complete(parameters, {name: spec.shape for name, spec in stored.specs.items()}, str(source))
     return stored
 

@@ -1,4 +1,4 @@
-"""The files of a model directory beside its tensors: which names count, what may be followed, and how JSON is read.
+"""The files of a model directory: which names count, what may be followed, and how JSON is read.
 
 Knows file names and limits. Does not know tensors, hashes or jax. Holds no state.
 """
@@ -10,7 +10,8 @@ from typing import Any
 from jaxserve.errors import CheckpointError
 
 CONFIG = "config.json"
-PARAMS = "params"  # the parameters of an Orbax directory
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"  # Hugging Face
+PARAMS = "params"  # Orbax
 
 # What travels with the tensors. Everything else stays behind, custom code (`*.py`) first of all.
 SIDECARS = (
@@ -44,13 +45,22 @@ def member(root: Path, name: str) -> Path:
     real = (root / name).resolve()
     if real.is_relative_to(real_root):
         return real
-    snapshots = real_root.parent
-    is_in_cache = snapshots.name == "snapshots" and snapshots.parent.name.startswith("models--")
-    if is_in_cache and real.parent == snapshots.parent / "blobs":
+    if is_snapshot(real_root) and real.parent == blobs(real_root):
         return real
     raise CheckpointError(
         f"{root / name} is a link to {real}, outside the model directory; copy the file itself into {root}."
     )
+
+
+def is_snapshot(real_root: Path) -> bool:
+    """Returns whether a directory is a snapshot in a Hugging Face cache: links to that repository's blobs."""
+    snapshots = real_root.parent
+    return snapshots.name == "snapshots" and snapshots.parent.name.startswith("models--")
+
+
+def blobs(real_root: Path) -> Path:
+    """Returns where a snapshot's links lead."""
+    return real_root.parent.parent / "blobs"
 
 
 def read_bytes(root: Path, name: str, max_bytes: int = MAX_SIDECAR_BYTES) -> bytes:

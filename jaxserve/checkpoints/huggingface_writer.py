@@ -1,6 +1,6 @@
 """Writing a Hugging Face directory: safetensors files of bounded size, their index, and the files beside them.
 
-Files are laid out as the safetensors library lays them out, byte for byte, but streamed: a tensor is read, written and
+Tensor files are laid out as the safetensors library lays them out, byte for byte, but streamed: a tensor is read, written and
 dropped. Holds no state.
 """
 
@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from jaxserve.checkpoints import manifest
 from jaxserve.checkpoints.huggingface import INDEX, SINGLE
 from jaxserve.checkpoints.orbax_store import write_files
 from jaxserve.checkpoints.safetensors_file import DTYPES, copy_bits
@@ -91,6 +92,13 @@ def write_from(
             }
             (root / INDEX).write_text(json.dumps(index, indent=2) + "\n")
         write_files(root, config, files)
+        manifest.write(
+            root,
+            creator=manifest.creator(),
+            parameters={name: (spec.shape, spec.dtype.name) for name, spec in specs.items()},
+            num_bytes=sum(spec.num_bytes for spec in specs.values()),
+            name=manifest.HUGGINGFACE_NAME,
+        )
     return held
 
 
@@ -131,10 +139,11 @@ def _write_file(
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         arrays = source.iterate([p.path for p in order])
-        for parameter, (_, array) in zip(order, arrays, strict=True):
-            values = np.asarray(array)
+        for parameter in order:
+            values = np.asarray(next(arrays)[1])
             _write_tensor(file, values.T if parameter.is_transposed_in_huggingface else values)
             on_bytes(values.nbytes)
+            del values  # before the next one is read; `zip` would hold it too
     return [p.huggingface_name for p in order]
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import jax
 
-from jaxserve.checkpoints import directory, huggingface, manifest
+from jaxserve.checkpoints import directory, huggingface, manifest, records, staging
 from jaxserve.errors import CheckpointError
 from jaxserve.models.weights import Parameter, check_complete
 
@@ -26,6 +26,10 @@ def detect(path: str | Path) -> Format:
     root = Path(path)
     if not root.is_dir():
         raise CheckpointError(f"{root} is not a directory.")
+    if staging.is_staging(root):
+        raise CheckpointError(
+            f"{root} is what a conversion that was killed left behind; run it again, which removes this directory too."
+        )
     if (root / directory.PARAMS).is_dir():
         if not (root / manifest.NAME).exists():
             raise CheckpointError(f"{root} has {directory.PARAMS}/ but no {manifest.NAME}; copy the checkpoint again.")
@@ -33,6 +37,8 @@ def detect(path: str | Path) -> Format:
     weights = (".safetensors", ".safetensors.index.json", *huggingface.PICKLE_SUFFIXES)
     if any(p.name.endswith(weights) for p in root.iterdir()):
         return "huggingface"
+    if (root / manifest.NAME).exists():
+        raise CheckpointError(f"{root} has {manifest.NAME} but no {orbax_store.PARAMS}/; copy the checkpoint again.")
     raise CheckpointError(
         f"{root} is no checkpoint: it has neither {manifest.NAME} (Orbax, as `jaxserve convert` writes it) nor "
         f"{huggingface.SINGLE} or {huggingface.INDEX} (Hugging Face)."
@@ -56,13 +62,18 @@ def load_parameters(
     Args:
         parameters: every tensor that the model of config.json has.
         abstract: {path: shape, dtype to cast to, sharding}; without a sharding, the first device.
-        verify: check the hashes of an Orbax directory first. Hugging Face directories have none; their headers are
-            always checked.
+        verify: check the recorded hashes first (`records`). A Hugging Face directory from elsewhere has none; headers and
+            index are always checked.
 
     Raises:
         CheckpointError: names file and tensor.
     """
-    if detect(path) == "huggingface":
+    found = detect(path)
+    if verify:
+        records.check_sidecars(Path(path))  # a damaged config.json would be told as a tensor that is missing
+    if found == "huggingface":
+        if verify:
+            records.check(Path(path))
         return huggingface.load(path, parameters, abstract)
     check_complete(parameters, {name: tuple(target.shape) for name, target in abstract.items()}, "the abstract tree")
     from jaxserve.checkpoints import orbax_store  # Orbax: 0.5 s to import, and a Hugging Face directory needs none of it

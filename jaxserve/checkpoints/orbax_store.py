@@ -11,11 +11,13 @@ or Hugging Face tensors. Holds no state.
 import contextlib
 import functools
 import json
+import logging
 import math
 import operator
+import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -23,22 +25,24 @@ import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from jaxserve.checkpoints import directory
+from jaxserve.checkpoints import directory, orbax_arrays, records
 from jaxserve.checkpoints import manifest as manifests
 from jaxserve.checkpoints.directory import PARAMS
 from jaxserve.checkpoints.manifest import Manifest
-from jaxserve.checkpoints.source import FLOATS, InMemory, ParameterSource, TensorSpec
+from jaxserve.checkpoints.source import FLOATS, InMemory, ParameterSource, TensorSpec, cast
 from jaxserve.checkpoints.staging import staged
 from jaxserve.errors import CheckpointError
-from jaxserve.models.weights import Parameter, check_complete, unflatten
+from jaxserve.models.weights import Parameter, check_complete, flatten, unflatten
 
-StorageOptions = ocp.options.ArrayOptions.Saving.StorageOptions
 _MAX_ITEMSIZE = 4
 
-GROUP_BYTES = 256 << 20  # written or read in one Orbax call; a larger tensor is a group of its own
-# A chunk is read whole for any part of it. Without a limit a tensor is one chunk, and each of 8 shards would read all of it.
-_CHUNK_BYTES, _MIN_CHUNK_BYTES = 4 << 20, 256 << 10
+GROUP_BYTES = 256 << 20  # written or read in one Orbax call; a larger tensor goes in strips (`orbax_arrays`)
 _CONCURRENT_BYTES = 1 << 30
+
+_OS_REASON = re.compile(
+    r"([^:]+) \[os_error_code="
+)  # tensorstore: "...: <file>: No space left on device [os_error_code='28']"
+_MAX_REASON = 300
 
 
 def save(
@@ -93,7 +97,7 @@ def save_from(
         write_files(root, config, files)
         return manifests.write(
             root,
-            creator=f"jaxserve {_version()}",
+            creator=manifests.creator(),
             parameters={name: (spec.shape, spec.dtype.name) for name, spec in specs.items()},
             num_bytes=sum(spec.num_bytes for spec in specs.values()),
         )
@@ -101,30 +105,41 @@ def save_from(
 
 def _write_payload(payload: Path, source: ParameterSource, on_bytes: Callable[[int], Any], shown: str) -> None:
     specs = source.specs
-
-    def write_group(arrays: dict[str, Any]) -> None:
-        with _orbax_errors(shown, "written"), _saving(max(specs[name].num_bytes for name in arrays)):
-            ocp.partial.save(str(payload), unflatten(arrays))
-
-    # Ctrl-C inside Orbax would leave its threads writing into a directory that is being removed. It reaches this thread,
-    # which then waits for the other one: at most one group.
-    with ThreadPoolExecutor(1) as orbax:
+    shapes = {name: spec.shape for name, spec in specs.items()}
+    places = {name: orbax_arrays.placeholder(spec.shape, spec.dtype) for name, spec in specs.items()}
+    # Ctrl-C inside a write would leave threads writing into a directory that is being removed. It reaches this thread, which
+    # then waits for the other one: at most one group.
+    with ThreadPoolExecutor(1) as writer, _orbax_errors(shown, "written"):
+        writer.submit(_save_tree, payload, unflatten(places)).result()
+        stores = writer.submit(orbax_arrays.create, payload, shapes).result()
         for group in _groups(specs):
-            orbax.submit(write_group, dict(source.iterate(group))).result()
-            on_bytes(sum(specs[name].num_bytes for name in group))
-        with _orbax_errors(shown, "written"):
-            orbax.submit(ocp.partial.finalize, str(payload)).result()
+            if specs[group[0]].num_bytes <= GROUP_BYTES:
+                writer.submit(orbax_arrays.write, stores, dict(source.iterate(group))).result()
+                on_bytes(sum(specs[name].num_bytes for name in group))
+                continue
+            for _, array in source.iterate(group):
+                for strip in orbax_arrays.strips(stores[group[0]]):
+                    writer.submit(orbax_arrays.write_strip, stores[group[0]], strip, array).result()
+                    on_bytes(array[strip].nbytes)
+                del array  # before the next one is read
+
+
+def _save_tree(payload: Path, tree: dict[str, Any]) -> None:
+    context = ocp.Context()
+    context.array.saving.use_compression = False  # zstd takes 24 % off random bfloat16, and loading takes 2.5 times as long
+    with context:
+        ocp.save(str(payload), tree)
 
 
 def write_files(root: Path, config: Mapping[str, Any] | bytes, files: Mapping[str, bytes]) -> None:
-    """Writes config.json and the files beside the tensors."""
+    """Writes the files beside the tensors, and config.json last: without it nobody takes the directory for a model."""
     text = config if isinstance(config, bytes) else (json.dumps(config, indent=2) + "\n").encode()
     directory.parse_json(text, directory.CONFIG)
-    (root / directory.CONFIG).write_bytes(text)
     for name, data in files.items():
         if name not in directory.SIDECARS:
             raise CheckpointError(f"files may hold {', '.join(directory.SIDECARS)}; got {name!r}.")
         (root / name).write_bytes(data)
+    (root / directory.CONFIG).write_bytes(text)
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
@@ -134,10 +149,8 @@ def read_config(path: str | Path) -> dict[str, Any]:
 
 def verify(path: str | Path) -> Manifest:
     """Hashes every file and returns the manifest; CheckpointError names each file that is not as it was written."""
-    root = Path(path)
-    manifest = manifests.read(root)
-    manifests.verify(root, manifest)
-    return manifest
+    records.check(Path(path))
+    return manifests.read(Path(path))
 
 
 def load(path: str | Path, abstract: Mapping[str, jax.ShapeDtypeStruct], *, verify: bool = True) -> dict[str, jax.Array]:
@@ -154,7 +167,8 @@ def load(path: str | Path, abstract: Mapping[str, jax.ShapeDtypeStruct], *, veri
     manifest = manifests.read(root)
     _check_matches(root, manifest, abstract)
     if verify:
-        manifests.verify(root, manifest)
+        records.check(root)
+    _check_payload(root, manifest)
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     targets = {
         name: target if target.sharding is not None else jax.ShapeDtypeStruct(target.shape, target.dtype, sharding=here)
@@ -170,16 +184,21 @@ class OrbaxSource:
         self._root = Path(path)
         self.manifest = manifests.read(self._root)
         if verify:
-            manifests.verify(self._root, self.manifest)
+            records.check(self._root)
+        _check_payload(self._root, self.manifest)
         self.specs: Mapping[str, TensorSpec] = {
             name: TensorSpec(shape, FLOATS[dtype]) for name, (shape, dtype) in self.manifest.parameters.items()
         }
 
-    def iterate(self, paths: Iterable[str]) -> Iterator[tuple[str, np.ndarray]]:
+    def iterate(self, paths: Iterable[str], dtype: np.dtype | None = None) -> Iterator[tuple[str, np.ndarray]]:
         for group in _groups({name: self.specs[name] for name in paths}):
+            if self.specs[group[0]].num_bytes > GROUP_BYTES:
+                with _orbax_errors(self._root / PARAMS, "restored"):
+                    yield group[0], orbax_arrays.read(self._root / PARAMS, group[0], dtype or self.specs[group[0]].dtype)
+                continue
             arrays = _restore(self._root, {name: _numpy_target(self.specs[name]) for name in group})
             for name in group:
-                yield name, arrays.pop(name)
+                yield name, cast(arrays.pop(name), dtype or self.specs[name].dtype, name)
 
 
 def _groups(specs: Mapping[str, TensorSpec]) -> Iterator[list[str]]:
@@ -197,22 +216,26 @@ def _groups(specs: Mapping[str, TensorSpec]) -> Iterator[list[str]]:
 
 @contextlib.contextmanager
 def _orbax_errors(path: str | Path, done: str) -> Iterator[None]:
-    """Orbax raises bare `Exception` for some failures, and tensorstore ValueError for a full disk."""
+    """One line for what Orbax and tensorstore raise: bare `Exception` for some failures, ValueError for a full disk.
+
+    Orbax also logs the traceback of each of its threads, which ends in the same error; that is not shown.
+    """
+    logger = logging.getLogger("absl")
+    logger.addFilter(_is_no_error)
     try:
         yield
     except (CheckpointError, MemoryError):
         raise
     except Exception as error:
-        raise CheckpointError(f"{path} cannot be {done} by Orbax: {error}") from error
+        reason = _OS_REASON.search(str(error))
+        text = reason[1].strip() if reason else " ".join(str(error).split())[:_MAX_REASON]
+        raise CheckpointError(f"{path} cannot be {done} by Orbax: {text}.") from error
+    finally:
+        logger.removeFilter(_is_no_error)
 
 
-def _saving(largest_bytes: int) -> ocp.Context:
-    context = ocp.Context()
-    context.array.saving.use_compression = False  # zstd takes 24 % off random bfloat16, and loading takes 2.5 times as long
-    context.array.saving.scoped_storage_options_creator = _storage_options
-    context.memory.deepcopy_host_arrays = False
-    context.memory.write_concurrent_bytes = _concurrent_bytes(largest_bytes)
-    return context
+def _is_no_error(record: logging.LogRecord) -> bool:
+    return record.levelno < logging.ERROR
 
 
 def _concurrent_bytes(largest_bytes: int) -> int:
@@ -220,37 +243,18 @@ def _concurrent_bytes(largest_bytes: int) -> int:
     return max(_CONCURRENT_BYTES, 2 * largest_bytes + 1)
 
 
-def _storage_options(key: Any, value: Any) -> StorageOptions | None:
-    """Asks for chunks of 4 MB, unless that would make tiny ones.
-
-    Orbax halves the largest dimension by its divisors until a chunk fits: a vocabulary of 151,643 (a prime) would become
-    151,643 chunks of one row. Such a tensor stays in one piece.
-    """
-    shape = value.sharding.shard_shape(value.shape) if isinstance(value, jax.Array) else value.shape
-    chunk = [max(1, length) for length in shape]
-    num_bytes = math.prod(chunk) * np.dtype(value.dtype).itemsize
-    while num_bytes > _CHUNK_BYTES:
-        largest = max(range(len(chunk)), key=chunk.__getitem__)
-        length = chunk[largest]
-        divisor = next(d for d in range(2, length + 1) if length % d == 0)
-        chunk[largest] //= divisor
-        num_bytes //= divisor
-    is_cut = tuple(chunk) != tuple(shape)
-    return StorageOptions(chunk_byte_size=_CHUNK_BYTES) if is_cut and num_bytes >= _MIN_CHUNK_BYTES else None
-
-
 def _restore(root: Path, targets: Mapping[str, Any]) -> dict[str, Any]:
     """Loads exactly `targets` {path: target}.
 
     With `partial_load` Orbax answers an unknown name, or a numpy target of another shape, with the target itself; every
-    caller has compared names and shapes with the manifest before.
+    caller has compared names and shapes with the manifest, and the manifest with the payload.
     """
     context = ocp.Context()
     context.pytree.loading.partial_load = True
     largest = max((math.prod(target.shape) * _MAX_ITEMSIZE for target in targets.values()), default=0)
     context.memory.read_concurrent_bytes = _concurrent_bytes(largest)
     with _orbax_errors(root / PARAMS, "restored"), context:
-        tree = ocp.load(str(root / PARAMS), unflatten(targets))
+        tree = ocp.load(os.path.abspath(root / PARAMS), unflatten(targets))
     return {path: functools.reduce(operator.getitem, path.split("/"), tree) for path in targets}
 
 
@@ -259,16 +263,27 @@ def _numpy_target(spec: TensorSpec) -> np.ndarray:
     return np.broadcast_to(np.zeros((), spec.dtype), spec.shape)
 
 
+def _check_payload(root: Path, manifest: Manifest) -> None:
+    """Raises CheckpointError unless the payload holds exactly the tensors that the manifest names."""
+    with _orbax_errors(root / PARAMS, "read"):
+        tree = ocp.metadata(os.path.abspath(root / PARAMS)).metadata
+    if not isinstance(tree, Mapping):
+        raise CheckpointError(f"{root / PARAMS} holds no tree of tensors; convert the checkpoint again from its source.")
+    stored = {name: (tuple(leaf.shape), np.dtype(leaf.dtype).name) for name, leaf in flatten(tree).items()}
+    for name in sorted(stored.keys() | manifest.parameters.keys()):
+        held, said = stored.get(name, "nothing"), manifest.parameters.get(name, "nothing")
+        if isinstance(held, tuple) and held[1] not in FLOATS:
+            raise CheckpointError(f"{root / PARAMS}: {name} has dtype {held[1]}; allowed are {', '.join(FLOATS)}.")
+        if held != said:
+            raise CheckpointError(
+                f"{root / PARAMS} holds {held} as {name}, {manifests.NAME} says {said}; convert the checkpoint again from its "
+                "source."
+            )
+
+
 def _check_matches(root: Path, manifest: Manifest, abstract: Mapping[str, jax.ShapeDtypeStruct]) -> None:
     expected: Sequence[Parameter] = [Parameter(k, tuple(v.shape), (None,) * len(v.shape)) for k, v in abstract.items()]
     check_complete(expected, {name: shape for name, (shape, _) in manifest.parameters.items()}, str(root))
     for name, target in abstract.items():
         if np.dtype(target.dtype) not in FLOATS.values():
             raise CheckpointError(f"{name} is asked for as {target.dtype}; allowed are {', '.join(FLOATS)}.")
-
-
-def _version() -> str:
-    try:
-        return metadata.version("jaxserve")
-    except metadata.PackageNotFoundError:
-        return "unknown"

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from jaxserve.errors import CheckpointError
 
 DTYPES: Mapping[str, np.dtype] = {"F32": FLOATS["float32"], "BF16": FLOATS["bfloat16"], "F16": FLOATS["float16"]}
 
+_MAX_HEADER_BYTES = 32 << 20  # 200,000 tensors; parsing takes 20 times the memory
 _STRIP_BYTES = 4 << 20  # read and transposed at a time, by each thread
 # numpy transposes 117 MB of bfloat16 at 0.2 GB/s, in tiles of this size at 1.2 GB/s (one core, AVX512 machine)
 _TILE_SHORT, _TILE_LONG = 16, 512
@@ -50,9 +52,18 @@ class StoredTensor:
         return TensorSpec(self.shape, DTYPES[self.dtype])
 
 
+def _opened(path: Path, shown: Path) -> BinaryIO:
+    try:
+        if not path.is_file():  # opening a named pipe would wait forever
+            raise CheckpointError(f"{shown} is not a regular file.")
+        return path.open("rb")
+    except OSError as error:
+        raise CheckpointError(f"{shown} cannot be read: {error.strerror}.") from error
+
+
 def refuse_pickle(path: Path, shown: Path) -> None:
     """Raises CheckpointError if the first bytes are those of a pickle or of an archive, whatever the name says."""
-    with path.open("rb") as file:
+    with _opened(path, shown) as file:
         start = file.read(9)
     if start[4:] == b"\0\0\0\0{":  # the shape of a safetensors header: a length below 4 GB, then JSON
         return
@@ -79,6 +90,13 @@ def read_header(path: Path, shown: Path) -> dict[str, StoredTensor]:
         CheckpointError: truncated, overlapping, not safetensors, or a name that is there twice.
     """
     refuse_pickle(path, shown)
+    with _opened(path, shown) as file:
+        length = int.from_bytes(file.read(8), "little")
+    if length > _MAX_HEADER_BYTES:
+        raise CheckpointError(
+            f"{shown} is not a complete safetensors file: it says that its header has {length} bytes, more than the "
+            f"{_MAX_HEADER_BYTES} allowed; copy or download it again."
+        )
     try:
         from safetensors import SafetensorError, safe_open  # the engine core runs where it is not installed
     except ImportError as error:
@@ -88,7 +106,7 @@ def read_header(path: Path, shown: Path) -> dict[str, StoredTensor]:
             pass
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{shown} is not a complete safetensors file ({error}); copy or download it again.") from error
-    with path.open("rb") as file:
+    with _opened(path, shown) as file:
         length = int.from_bytes(file.read(8), "little")
         header = directory.parse_json(file.read(length), f"{shown} (header)")
     header.pop("__metadata__", None)
@@ -125,7 +143,7 @@ def read(
         stop = min(start + strip_rows, last)
         strip = np.empty((stop - start, *tensor.shape[1:]), stored)
         _read_exactly(descriptor, strip, tensor.begin + start * row_bytes, tensor)
-        part = cast(strip[(slice(None), *columns)], dtype, tensor.name)
+        part = cast(strip[(slice(None), *columns)], dtype, f"{tensor.file}: {tensor.name}")
         copy_bits(target[start - first : stop - first], part)
 
     with tensor.file.open("rb") as file:

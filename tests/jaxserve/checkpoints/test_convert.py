@@ -48,7 +48,9 @@ def test_there_and_back_gives_every_file_byte_for_byte(fields, make_llama, tmp_p
     source = make_llama(**fields)
     there = convert(source, tmp_path / "orbax", show_progress=False)
     back = convert(tmp_path / "orbax", tmp_path / "back", to="huggingface", show_progress=False)
-    assert _tree(tmp_path / "back") == _tree(source)
+    written = _tree(tmp_path / "back")
+    assert "model.safetensors" in json.loads(written.pop("jaxserve_manifest.json"))["files"]
+    assert written == _tree(source)
     assert (there.format, back.format) == ("orbax", "huggingface")
     assert there.dtype == back.dtype == fields.get("dtype", "float32")
     assert there.num_parameters == sum(tensor.size for tensor in load_file(source / "model.safetensors").values())
@@ -153,7 +155,7 @@ def test_a_value_that_does_not_fit_stops_half_way_and_leaves_the_old_one(copy_of
     convert(make_llama(), tmp_path / "out", show_progress=False)
     before = _tree(tmp_path)
     for to in ("orbax", "huggingface"):
-        with pytest.raises(CheckpointError, match=r"lm_head/kernel holds values beyond the range of float16"):
+        with pytest.raises(CheckpointError, match=r"lm_head.weight holds values beyond the range of float16"):
             convert(source, tmp_path / "out", to=to, dtype="float16", overwrite=True, show_progress=False)
         assert _tree(tmp_path) == before
 
@@ -267,33 +269,28 @@ def test_the_canary_does_sing(tmp_path):
     assert any(event == "pickle.find_class" for event, _ in events)
 
 
-# In a process of its own, with a checkpoint that is large enough to tell.
+# In a process of its own, with a checkpoint that takes a while to write.
 
 _CHILD = """
-import os, resource, signal, sys, threading, time
+import os, signal, sys, threading
 from jaxserve.checkpoints import orbax_store
 from jaxserve.checkpoints.convert import convert
-from orbax.checkpoint import v1 as ocp
+from jaxserve.checkpoints import orbax_arrays
 import jax; jax.devices()
-source, destination, to, group, interrupt = sys.argv[1:]
+source, destination, to, group = sys.argv[1:]
 orbax_store.GROUP_BYTES = int(group)
-save = ocp.partial.save
+save = orbax_arrays.write
 def interrupted(*args):
     threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()
     save(*args)
-if interrupt == "yes":
-    ocp.partial.save = interrupted
-peak = lambda: int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1]) << 10
-before = peak()
+orbax_arrays.write = interrupted
 convert(source, destination, to=to)
-print(peak() - before)
 """
 
 
 def _child(*args):
-    # glibc keeps what many threads freed below its threshold, which grows to 32 MB: up to 0.2 GB that nothing holds.
-    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1", "MALLOC_MMAP_THRESHOLD_": "1048576"}
     command = [sys.executable, "-c", _CHILD, *map(str, args)]
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1"}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
@@ -307,21 +304,8 @@ def large(make_llama):
 
 
 @pytest.mark.slow
-def test_memory_is_bounded_by_the_group_not_by_the_model(large, tmp_path):
-    size = sum(p.stat().st_size for p in large.glob("*.safetensors"))
-    assert size > 290e6
-    group = 40 << 20
-    done = _child(large, tmp_path / "orbax", "orbax", group, "no")
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) < 4 * group < size / 1.5
-    done = _child(tmp_path / "orbax", tmp_path / "back", "huggingface", group, "no")
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) < 4 * group < size / 1.5
-
-
-@pytest.mark.slow
 def test_ctrl_c_while_orbax_writes_leaves_nothing(large, tmp_path):
-    done = _child(large, tmp_path / "out", "orbax", 200 << 20, "yes")
+    done = _child(large, tmp_path / "out", "orbax", 200 << 20)
     assert done.returncode != 0
     assert "KeyboardInterrupt" in done.stderr
     assert list(tmp_path.iterdir()) == []
