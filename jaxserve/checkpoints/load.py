@@ -38,7 +38,7 @@ def detect(path: str | Path) -> Format:
     if any(p.name.endswith(weights) for p in root.iterdir()):
         return "huggingface"
     if (root / manifest.NAME).exists():
-        raise CheckpointError(f"{root} has {manifest.NAME} but no {orbax_store.PARAMS}/; copy the checkpoint again.")
+        raise CheckpointError(f"{root} has {manifest.NAME} but no {directory.PARAMS}/; copy the checkpoint again.")
     raise CheckpointError(
         f"{root} is no checkpoint: it has neither {manifest.NAME} (Orbax, as `jaxserve convert` writes it) nor "
         f"{huggingface.SINGLE} or {huggingface.INDEX} (Hugging Face)."
