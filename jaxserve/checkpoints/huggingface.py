@@ -165,7 +165,7 @@ class HuggingFaceSource:
         if is_same:
             with ThreadPoolExecutor(_NUM_READERS) as pool:
                 is_same = all(
-                    np.array_equal(*(_rows(tensor, start, pool).view(np.uint8) for tensor in (head, embedding)))
+                    np.array_equal(_rows(head, start, pool), _rows(embedding, start, pool))
                     for start in range(0, head.shape[0], _COMPARED_ROWS)
                 )
         if not is_same:
@@ -176,8 +176,9 @@ class HuggingFaceSource:
 
 
 def _rows(tensor: StoredTensor, start: int, pool: Executor) -> np.ndarray:
+    """Returns the bits of some rows."""
     index = (slice(start, start + _COMPARED_ROWS), *(slice(None),) * (len(tensor.shape) - 1))
-    return safetensors_file.read(tensor, index, tensor.spec.dtype, is_transposed=False, pool=pool)
+    return safetensors_file.read(tensor, index, tensor.spec.dtype, is_transposed=False, pool=pool).view(np.uint8)
 
 
 def _read_indexed(root: Path) -> dict[str, StoredTensor]:

@@ -163,6 +163,28 @@ def test_convert_finds_its_source_and_passes_its_arguments(run, monkeypatch):
     ]
 
 
+def test_verify_tells_apart_what_is_sound_what_is_damaged_and_what_cannot_be_told(run, tmp_path):
+    from jaxserve.testing.tiny_checkpoint import write_tiny_llama
+
+    path = write_tiny_llama(tmp_path / "model")
+    result = run("verify", str(path))
+    assert (result.exit_code, result.stdout) == (3, "")
+    assert "there is nothing to compare the files with" in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert run("verify", str(path), "--quiet").output == ""
+    for arguments in (["--write"], []):
+        result = run("verify", str(path), *arguments)
+        assert (result.exit_code, result.stderr) == (0, "")
+        assert result.stdout.startswith(f"{path}: 21 tensors, 3 files of ")
+        assert result.stdout.endswith(" are as jaxserve_manifest.json says.\n")
+    (path / "config.json").write_text("{}")
+    result = run("verify", str(path))
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith(f"error: {path}: config.json has 2 bytes instead of ")
+    assert result.stderr.count("\n") == 1
+    assert run("verify", str(tmp_path / "nowhere")).exit_code == 1
+
+
 def test_serve_merges_its_settings_and_exits_with_the_lifecycles_status(run, configs, built, monkeypatch, tmp_path):
     seen = []
 
