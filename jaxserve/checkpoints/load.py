@@ -10,6 +10,7 @@ from typing import Any, Literal
 import jax
 
 from jaxserve.checkpoints import directory, huggingface, manifest, orbax_store
+from jaxserve.checkpoints.flax_trees.orbax_tree import find_item
 from jaxserve.errors import CheckpointError
 from jaxserve.models.weights import Parameter, check_complete
 
@@ -26,6 +27,11 @@ def detect(path: str | Path) -> Format:
     root = Path(path)
     if not root.is_dir():
         raise CheckpointError(f"{root} is not a directory.")
+    if not (root / manifest.NAME).exists() and find_item(root) is not None:
+        raise CheckpointError(
+            f"{root} is an Orbax checkpoint that another Flax program wrote; `jaxserve convert {root} DESTINATION --config "
+            "config.json` makes it one that can be served."
+        )
     if (root / orbax_store.PARAMS).is_dir():
         if not (root / manifest.NAME).exists():
             raise CheckpointError(f"{root} has {orbax_store.PARAMS}/ but no {manifest.NAME}; copy the checkpoint again.")
