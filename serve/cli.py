@@ -158,7 +158,7 @@ def convert(
     dtype: Annotated[str | None, typer.Option(help="Of the parameters; the source's own by default.")] = None,
     to: Annotated[Literal["orbax", "huggingface"], typer.Option(help="The format to write.")] = "orbax",
     tree: Annotated[
-        Literal["auto", "maxtext", "gemma", "tunix", "linen", "nnx", "canonical"],
+        Literal["auto", "canonical", "maxtext", "linen", "nnx", "tunix", "gemma"],
         typer.Option(help="The layout of a Flax program's own Orbax checkpoint."),
     ] = "auto",
     mapping: Annotated[

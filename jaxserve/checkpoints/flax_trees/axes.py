@@ -58,6 +58,12 @@ class Axes:
         """{capture: the stored tensor's axis}."""
         return {axis.bound: place for place, axis in enumerate(self.source) if axis.bound is not None}
 
+    @property
+    def is_identity(self) -> bool:
+        """Whether every tensor of this rank stays as it is."""
+        plain = all(len(axis.names) == 1 and axis.limit is None for axis in self.source)
+        return plain and self.result == tuple(axis.names for axis in self.source)
+
     def index(
         self, shape: tuple[int, ...], captures: Mapping[str, int], numbers: Mapping[str, Any]
     ) -> tuple[int | slice, ...]:

@@ -34,7 +34,7 @@ from jaxserve.checkpoints.flax_trees import arithmetic, axes
 from jaxserve.checkpoints.flax_trees.axes import Axes
 from jaxserve.errors import CheckpointError
 
-BUILT_IN = ("maxtext", "gemma", "tunix", "linen", "nnx", "canonical")
+BUILT_IN = ("canonical", "maxtext", "linen", "nnx", "tunix", "gemma")
 
 _MAPS = Path(__file__).parent / "maps"
 _MAX_BYTES = 4 << 20

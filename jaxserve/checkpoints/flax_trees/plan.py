@@ -84,7 +84,8 @@ class Plan:
                 hint = "; config.json says that the embeddings are tied, set tie_word_embeddings to false if they are not"
             parts.append(f"the configuration has no {_listed(targets)} (from {self.unknown[targets[0]]}){hint}")
         if self.left_over:
-            near = _nearest(self.left_over[0], [rule.pattern for rule in self.mapping.rules])
+            inside = self.left_over[0].removeprefix(f"{self.root}/")
+            near = _nearest(inside, [rule.pattern for rule in self.mapping.rules])
             hint = f"; nearest pattern: {near}" if near else ""
             parts.append(f"no rule takes {_listed(self.left_over)}{hint}")
         if self.unmatched_rules:
@@ -92,8 +93,8 @@ class Plan:
             hint = f"; nearest leaf: {near}" if near else ""
             parts.append(f"nothing matches the pattern {_listed(self.unmatched_rules)}{hint}")
         raise CheckpointError(
-            f"{source} does not fit the mapping {self.mapping.name} (root {self.root or '.'}; {len(self.left_over)} leaves left "
-            f"over): {'; '.join(parts)}."
+            f"{source} does not fit the mapping {self.mapping.name} (root {self.root or '.'}; leaves left over: "
+            f"{len(self.left_over)}): {'; '.join(parts)}."
         )
 
 
@@ -206,7 +207,7 @@ def _add(
             elif target in plan.pieces:
                 plan.problems.append(f"{leaf} and {plan.pieces[target].leaf} both give {target}")
             else:
-                plan.pieces[target] = Piece(leaf, axes, bound, rule.value)
+                plan.pieces[target] = Piece(leaf, None if axes is None or axes.is_identity else axes, bound, rule.value)
 
 
 def _indices(axes: Axes | None, shape: Shape) -> list[dict[str, int]]:
