@@ -94,8 +94,7 @@ def convert(
     config_bytes = found.read_config()
     config = directory.parse_json(config_bytes, str(found.config_path))
     parameters = make_model(config).parameters()
-    tensors: ParameterSource = found.open(parameters, config)
-    layout = found.describe(tensors)
+    tensors, layout = found.open(parameters, config)
     if dtype is not None:
         tensors = Cast(tensors, float_dtype(dtype))
         config_bytes = _with_dtype(config, float_dtype(dtype).name)
@@ -161,15 +160,13 @@ class _Directory:
     def read_files(self) -> dict[str, bytes]:
         return directory.read_sidecars(self.path)
 
-    def describe(self, tensors: ParameterSource) -> str:
-        return self.format
-
-    def open(self, parameters: tuple[Parameter, ...], config: dict[str, Any]) -> ParameterSource:
+    def open(self, parameters: tuple[Parameter, ...], config: dict[str, Any]) -> tuple[ParameterSource, str]:
+        """Returns the tensors, and what they are called."""
         if self.format == "huggingface":
-            return HuggingFaceSource(self.path, parameters)
+            return HuggingFaceSource(self.path, parameters), self.format
         stored = OrbaxSource(self.path)
         check_complete(parameters, {name: spec.shape for name, spec in stored.specs.items()}, str(self.path))
-        return stored
+        return stored, self.format
 
 
 def _check_apart(source: Path, destination: Path) -> None:

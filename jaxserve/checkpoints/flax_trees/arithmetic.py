@@ -78,11 +78,11 @@ def _parse(text: str) -> ast.expr:
 
 
 def _number(node: ast.expr, text: str, names: Mapping[str, Any]) -> float:
-    if isinstance(node, ast.Constant) and type(node.value) in (int, float):
+    if isinstance(node, ast.Constant) and isinstance(node.value, (int, float)) and not isinstance(node.value, bool):
         return node.value
     if isinstance(node, ast.Name):
         value = names.get(node.id)
-        if type(value) not in (int, float):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
             known = ", ".join(sorted(name for name, number in names.items() if type(number) in (int, float)))
             raise CheckpointError(
                 f"{text!r}: {node.id} is no number of the configuration and no capture; known are {known}."

@@ -13,6 +13,7 @@ from jaxserve.checkpoints import directory, manifest
 from jaxserve.checkpoints.flax_trees.mapping import Mapping as NameMapping
 from jaxserve.checkpoints.flax_trees.orbax_tree import METADATA, Item, find_item
 from jaxserve.checkpoints.flax_trees.source import AUTO, FlaxTreeSource, choose_mapping
+from jaxserve.checkpoints.source import ParameterSource
 from jaxserve.errors import CheckpointError
 from jaxserve.models.weights import Parameter
 
@@ -50,13 +51,11 @@ class FlaxCheckpoint:
         """Returns {name: content} of the tokenizer and template files."""
         return directory.read_sidecars(self.tokenizer or self.config_path.parent)
 
-    def open(self, parameters: Sequence[Parameter], config: Mapping[str, Any]) -> FlaxTreeSource:
-        return FlaxTreeSource(self.item.path, parameters, config, self.mapping)
-
-    def describe(self, tensors: FlaxTreeSource) -> str:
-        """Returns what was read: "maxtext tree of step 7"."""
+    def open(self, parameters: Sequence[Parameter], config: Mapping[str, Any]) -> tuple[ParameterSource, str]:
+        """Returns the tensors, and what they are called: "maxtext tree of step 7"."""
+        tensors = FlaxTreeSource(self.item.path, parameters, config, self.mapping)
         step = f" of step {self.item.step}" if self.item.step is not None else ""
-        return f"{tensors.mapping_name} tree{step}"
+        return tensors, f"{tensors.mapping_name} tree{step}"
 
 
 def find_checkpoint(source: Path, options: FlaxOptions | None) -> FlaxCheckpoint | None:

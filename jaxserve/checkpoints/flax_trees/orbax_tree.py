@@ -11,6 +11,7 @@ Nothing is executed: no handler named in the checkpoint is looked up. There are 
 Source: orbax-checkpoint 0.12.8, `metadata/tree.py` (the JSON) and `serialization/tensorstore_utils.py` (the drivers).
 """
 
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -135,11 +136,13 @@ class OrbaxTree:
     def _bytes_of_touched_chunks(self, leaf: str, index: tuple[int | slice, ...]) -> int:
         if not any(isinstance(part, int) for part in index):
             return 0
-        store = self._store(leaf, cache_bytes=0)
         spec = self.spec(leaf)
-        chunk = store.chunk_layout.read_chunk.shape or store.shape
-        lengths = [chunk[axis] if isinstance(part, int) else spec.shape[axis] for axis, part in enumerate(index)]
-        return int(np.prod(lengths, dtype=np.int64)) * spec.dtype.itemsize + _CACHE_SLACK
+        chunk = self._store(leaf, cache_bytes=0).chunk_layout.read_chunk.shape or spec.shape
+        touched = [
+            (chunk[axis] or spec.shape[axis]) if isinstance(part, int) else spec.shape[axis]
+            for axis, part in enumerate(index)
+        ]
+        return math.prod(touched) * spec.dtype.itemsize + _CACHE_SLACK
 
     def _store(self, leaf: str, *, cache_bytes: int) -> ts.TensorStore:
         name, base = self._names[leaf], self._path.resolve().as_uri() + "/"

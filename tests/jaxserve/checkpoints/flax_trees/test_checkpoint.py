@@ -132,7 +132,7 @@ ERRORS = {
     "no configuration": (lambda p: [], "has no config.json (looked in "),
     "a configuration that is not there": (lambda p: ["--config", p / "none.json"], "--config must be a Hugging Face config"),
     "an unknown layout": (lambda p: ["--config", p / "config.json"], "is a tree of no known layout: "),
-    "another layout": (lambda p: ["--config", p / "config.json", "--tree", "maxtext"], "does not fit the mapping maxtext (root ."),
+    "another layout": (lambda p: ["--tree", "maxtext", "--config", p / "config.json"], "not fit the mapping maxtext (root ."),
     "both": (lambda p: ["--config", p / "config.json", "--tree", "nnx", "--mapping", p / "my.json"], "give --tree or --mapping"),
     "no mapping": (lambda p: ["--config", p / "config.json", "--mapping", p / "none.yaml"], "mapping file"),
     "no tokenizer": (lambda p: ["--config", p / "config.json", "--tokenizer", p / "none"], "--tokenizer must be a directory"),

@@ -1,5 +1,7 @@
 """Every kind of checkpoint that Flax programs write converts in one command to the very bits it came from."""
 
+import types
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -24,12 +26,12 @@ from serve.cli import app
 def converted(tmp_path):
     """Returns a function that runs `jaxserve convert` and returns the tensors that Orbax finds in the result."""
 
-    def converted(source, known, *arguments):
+    def converted(source, known, *arguments, dtype=None):
         config = known.write_config(tmp_path / "config.json")
         destination = tmp_path / "converted"
         result = CliRunner().invoke(app, ["convert", str(source), str(destination), "--config", str(config), *arguments])
         assert result.exit_code == 0, result.stderr
-        assert (destination / "config.json").read_bytes() == config.read_bytes()
+        assert dtype or (destination / "config.json").read_bytes() == config.read_bytes()
         orbax_store.verify(destination)
         return flatten(v1.load(str(destination / "params"))), result.stderr
 
@@ -105,6 +107,21 @@ def test_a_head_dim_of_no_power_of_four_gives_the_bits_of_maxtexts_own_export(dt
     assert expected[query].tobytes() != np.ascontiguousarray(known.canonical[query]).tobytes()
     ocp.PyTreeCheckpointer().save(tmp_path / "maxtext", {"params": {"params": tree}})
     assert_same_bits(converted(tmp_path / "maxtext", known)[0], expected)
+
+
+def test_a_float32_checkpoint_of_a_bfloat16_model_comes_back_exactly_whatever_its_head_dim(
+    known, trees, converted, tmp_path
+):
+    """MaxText keeps weights in float32 unless told otherwise: what its import rounds is far below a step of bfloat16."""
+    known = known(dtype="bfloat16", head_dim=8)
+    wide = types.SimpleNamespace(**vars(known))
+    wide.tensors = {name: tensor.astype(np.float32) for name, tensor in known.tensors.items()}
+    for method in ("weight", "heads", "heads_out"):
+        setattr(wide, method, types.MethodType(getattr(type(known), method), wide))
+    tree = trees.maxtext(wide, is_stacked=True)
+    assert tree["decoder"]["layers"]["self_attention"]["query"]["kernel"].dtype == np.float32
+    ocp.PyTreeCheckpointer().save(tmp_path / "maxtext", {"params": {"params": tree}})
+    assert_same_bits(converted(tmp_path / "maxtext", known, "--dtype", "bfloat16", dtype="bfloat16")[0], known.canonical)
 
 
 @pytest.mark.parametrize("form", ["nested", "nested, [2, D, F]", "flat", "stacked"])
