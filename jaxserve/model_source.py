@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxserve.checkpoints import directory, hub
-from jaxserve.checkpoints.flax_trees.source import convert_in_memory
+from jaxserve.checkpoints.flax_trees.pieces import convert_in_memory
 from jaxserve.errors import ConfigError
 from jaxserve.models.registry import make_model
 from jaxserve.models.weights import flatten
