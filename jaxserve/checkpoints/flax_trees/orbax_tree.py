@@ -145,8 +145,9 @@ class OrbaxTree:
         return math.prod(touched) * spec.dtype.itemsize + _CACHE_SLACK
 
     def _store(self, leaf: str, *, cache_bytes: int) -> ts.TensorStore:
-        name, base = self._names[leaf], self._path.resolve().as_uri() + "/"
-        store = {"driver": "ocdbt", "base": base, "path": name + "/"} if self._is_ocdbt else f"{base}{name}/"
+        name, root = self._names[leaf], {"driver": "file", "path": f"{self._path.resolve()}/"}
+        inside = {"driver": "file", "path": f"{root['path']}{name}/"}
+        store = {"driver": "ocdbt", "base": root, "path": f"{name}/"} if self._is_ocdbt else inside
         spec = {"driver": "zarr3" if self._is_zarr3 else "zarr", "kvstore": store, "recheck_cached_data": "open"}
         context = ts.Context({"cache_pool": {"total_bytes_limit": cache_bytes}})
         with _tensorstore_errors(f"{self._path}: {leaf}"):
