@@ -189,8 +189,8 @@ def convert(
     A mapping file is YAML or JSON, `rules: [...]`, tried in order. A rule such as
     {from: decoder/layers_{layer}/self_attention/query/kernel, to: {"layers/{layer}/self_attn/q_proj/kernel": "D N H -> D (N H)"}}
     names a leaf and the canonical tensor that it is, with its axes: {layer} there is the axis of stacked layers, a number
-    the slice that is taken. More keys: value, one operation such as x * sqrt(head_dim); when, fields of config.json; beside rules:
-    roots, where the tree begins, and ignore. --show-mapping prints complete ones.
+    the slice that is taken. More keys: value, one operation such as x * sqrt(head_dim); when, fields of config.json. Beside
+    rules: roots, where the tree begins, and ignore. --show-mapping prints complete ones.
     """
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the host converts; a GPU's memory stays free
     with _errors_on_one_line():
