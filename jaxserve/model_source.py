@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from jaxserve.checkpoints import directory, hub, records
+from jaxserve.checkpoints.flax_trees.pieces import convert_in_memory
 from jaxserve.errors import ConfigError
+from jaxserve.models.registry import make_model
 from jaxserve.models.weights import flatten
 from jaxserve.tokenization.ascii_tokenizer import AsciiTokenizer
 from jaxserve.tokenization.loading import load_tokenizer
@@ -82,7 +84,7 @@ def own_model(params: Any, config: Any, tokenizer: str | Tokenizer | None) -> Mo
 
     Args:
         params: an NNX module or state, a Linen FrozenDict (with or without its "params" level), or a plain nested dict, in the
-            canonical tree of `jaxserve.models.weights`.
+            canonical tree of `jaxserve.models.weights` or in a layout of `jaxserve.checkpoints.flax_trees`, which is detected.
         config: a Hugging Face configuration, as a dict or an object with `to_dict()`.
         tokenizer: a directory, a Tokenizer, or None for token ids alone.
     """
@@ -92,10 +94,23 @@ def own_model(params: Any, config: Any, tokenizer: str | Tokenizer | None) -> Mo
         if not hasattr(config, "to_dict"):
             raise ConfigError(f"config must be a dict or have to_dict(), got {type(config).__name__}.")
         config = config.to_dict()
-    return ModelSource("params", dict(config), None, canonical_leaves(params), _tokenizer(tokenizer))
+    return ModelSource("params", dict(config), None, canonical_leaves(params, config), _tokenizer(tokenizer))
 
 
-def canonical_leaves(params: Any) -> dict[str, Any]:
+def canonical_leaves(params: Any, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns {canonical path: array} of a tree in the canonical layout or in one of `checkpoints.flax_trees`.
+
+    Raises:
+        ConfigError, CheckpointError: it is no tree of arrays, or not that of the configuration's model.
+    """
+    leaves = _leaves(params)
+    parameters = make_model(config).parameters()
+    if {path: tuple(leaf.shape) for path, leaf in leaves.items()} == {p.path: p.shape for p in parameters}:
+        return leaves
+    return convert_in_memory(leaves, parameters, config, "params")
+
+
+def _leaves(params: Any) -> dict[str, Any]:
     """Returns {path: array} of an NNX module or state, a Linen FrozenDict, or a nested dict."""
     from flax import nnx
 

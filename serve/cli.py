@@ -144,6 +144,15 @@ def generate(
             typer.echo(writer.describe(summary), err=True)
 
 
+def _show_mapping(name: str | None) -> None:
+    if name is not None:
+        with _errors_on_one_line():
+            from jaxserve.checkpoints.flax_trees import mapping
+
+            typer.echo(mapping.text_of(name), nl=False)
+        raise typer.Exit
+
+
 @app.command()
 def convert(
     source: Annotated[str, typer.Argument(help="A directory or a Hub id.")],
@@ -151,19 +160,54 @@ def convert(
     *,
     dtype: Annotated[str | None, typer.Option(help="Of the parameters; the source's own by default.")] = None,
     to: Annotated[Literal["orbax", "huggingface"], typer.Option(help="The format to write.")] = "orbax",
+    tree: Annotated[
+        Literal["auto", "canonical", "maxtext", "linen", "nnx", "tunix", "gemma"],
+        typer.Option(help="The layout of a Flax program's own Orbax checkpoint."),
+    ] = "auto",
+    mapping: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.yaml", help="Which leaf of such a checkpoint is which tensor, instead of --tree."),
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="Its Hugging Face config.json, or a directory that has one.")
+    ] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Its tokenizer files; those beside the configuration by default.")
+    ] = None,
+    show_mapping: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TREE",
+            is_eager=True,
+            callback=_show_mapping,
+            help="Print a layout's mapping, to start one's own, and exit.",
+        ),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint at the destination.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Nothing but errors on stderr.")] = False,
 ) -> None:
-    """Convert a checkpoint: Hugging Face safetensors to Orbax, and back."""
+    """Convert a checkpoint: Hugging Face safetensors to Orbax, and back; MaxText, Tunix, gemma and other Flax trees to either.
+
+    A Flax program's own checkpoint is an Orbax directory, a step of one (of several the latest is taken) or an item of a step.
+    A mapping file is YAML or JSON, `rules: [...]`, tried in order. A rule such as
+    {from: decoder/layers_{layer}/self_attention/query/kernel, to: {"layers/{layer}/self_attn/q_proj/kernel": "D N H -> D (N H)"}}
+    names a leaf and the canonical tensor that it is, with its axes: {layer} there is the axis of stacked layers, a number
+    the slice that is taken. More keys: value, one operation such as x * sqrt(head_dim); when, fields of config.json. Beside
+    rules: roots, where the tree begins, and ignore. --show-mapping prints complete ones.
+    """
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the host converts; a GPU's memory stays free
     with _errors_on_one_line():
         from jaxserve.checkpoints import hub
         from jaxserve.checkpoints.convert import convert as convert_checkpoint
+        from jaxserve.checkpoints.flax_trees.checkpoint import FlaxOptions
 
         found = hub.resolve(source)
-        convert_checkpoint(found, destination, dtype=dtype, to=to, show_progress=not quiet, overwrite=overwrite)
+        is_flax = tree != "auto" or any(option is not None for option in (mapping, config, tokenizer))
+        flax = FlaxOptions(tree, mapping, config, tokenizer) if is_flax else None
+        options = {"dtype": dtype, "to": to, "show_progress": not quiet, "overwrite": overwrite, "flax": flax}
+        summary = convert_checkpoint(found, destination, **options)
         if not quiet:
-            typer.echo(f"{destination} holds {source} for {to}", err=True)
+            typer.echo(f"{destination} holds {source} ({summary.layout}) for {to}", err=True)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""Hugging Face directory to Orbax directory and back: the work behind `jaxserve convert`.
+"""Hugging Face directory to Orbax directory and back, and Flax programs' own trees to either: the work behind `jaxserve convert`.
 
 Streams: the process holds one group of tensors (`orbax_store.GROUP_BYTES`, or one larger tensor) and what Orbax copies of
 it, whatever the size of the model. Knows what is copied beside the tensors. Does not know how either format lies on disk.
@@ -17,6 +17,7 @@ from typing import Any
 from tqdm import tqdm
 
 from jaxserve.checkpoints import directory, huggingface_writer, orbax_store, records
+from jaxserve.checkpoints.flax_trees.checkpoint import FlaxOptions, find_checkpoint
 from jaxserve.checkpoints.huggingface import HuggingFaceSource
 from jaxserve.checkpoints.load import FORMATS, Format, detect
 from jaxserve.checkpoints.orbax_store import OrbaxSource
@@ -33,6 +34,7 @@ class ConversionSummary:
 
     Attributes:
         format: of the destination.
+        layout: of the source: its format, or the mapping by which a Flax program's own tree was read, and its step.
         dtype: of the destination's tensors, or "mixed".
         num_parameters: scalars.
         num_bytes: of tensors, as written.
@@ -43,6 +45,7 @@ class ConversionSummary:
     source: Path
     destination: Path
     format: Format
+    layout: str
     dtype: str
     num_tensors: int
     num_parameters: int
@@ -60,6 +63,7 @@ def convert(
     show_progress: bool = True,
     max_shard_bytes: int = huggingface_writer.MAX_SHARD_BYTES,
     overwrite: bool = False,
+    flax: FlaxOptions | None = None,
 ) -> ConversionSummary:
     """Writes the checkpoint at `source` in another format, type or both.
 
@@ -67,13 +71,14 @@ def convert(
     included, the destination is as it was.
 
     Args:
-        source: a directory of either format.
+        source: a directory of either format, or a Flax program's own Orbax checkpoint.
         destination: a directory that does not exist yet, or is empty.
         dtype: cast to "float32", "bfloat16" or "float16"; config.json then says so too.
         to: the format to write.
         show_progress: draw a bar in bytes on stderr if that is a terminal.
         max_shard_bytes: size of the files of a Hugging Face destination.
         overwrite: replace a checkpoint that is at the destination.
+        flax: how to read a Flax program's own checkpoint; one is recognised without it too.
 
     Raises:
         CheckpointError: source missing, damaged or not what its config.json says; destination taken; disk full.
@@ -86,16 +91,16 @@ def convert(
     _check_apart(source, destination)
     check_destination(destination, overwrite)
     clear_abandoned(destination)  # before room is looked for
-    found = detect(source)
+    found = find_checkpoint(source, flax) or _Directory(source, detect(source))
     records.check(source)
-    config = directory.read_json(source, directory.CONFIG)
+    config_bytes = found.read_config()
+    config = directory.parse_json(config_bytes, str(found.config_path))
     parameters = make_model(config).parameters()
-    tensors = _open(source, found, parameters)
-    config_bytes = directory.read_bytes(source, directory.CONFIG, directory.MAX_JSON_BYTES)
+    tensors, layout = found.open(parameters, config)
     if dtype is not None:
         tensors = Cast(tensors, float_dtype(dtype))
         config_bytes = _with_dtype(config, float_dtype(dtype).name)
-    files = directory.read_sidecars(source)
+    files = found.read_files()
     num_bytes = sum(spec.num_bytes for spec in tensors.specs.values())
     _check_space(destination, num_bytes)
     # disable=None: silent unless stderr is a terminal
@@ -108,11 +113,18 @@ def convert(
         else:
             options["max_shard_bytes"] = max_shard_bytes
             huggingface_writer.write_from(destination, parameters, tensors, config_bytes, files, **options)
-    return _summary(source, destination, to, tensors, (directory.CONFIG, *files), time.monotonic() - started)
+    names = (directory.CONFIG, *files)
+    return _summary(source, destination, to, layout, tensors, names, time.monotonic() - started)
 
 
 def _summary(
-    source: Path, destination: Path, to: Format, tensors: ParameterSource, files: tuple[str, ...], elapsed_s: float
+    source: Path,
+    destination: Path,
+    to: Format,
+    layout: str,
+    tensors: ParameterSource,
+    files: tuple[str, ...],
+    elapsed_s: float,
 ) -> ConversionSummary:
     specs = tensors.specs
     dtypes = {spec.dtype.name for spec in specs.values()}
@@ -120,6 +132,7 @@ def _summary(
         source=source,
         destination=destination,
         format=to,
+        layout=layout,
         dtype=dtypes.pop() if len(dtypes) == 1 else "mixed",
         num_tensors=len(specs),
         num_parameters=sum(spec.num_bytes // spec.dtype.itemsize for spec in specs.values()),
@@ -129,13 +142,30 @@ def _summary(
     )
 
 
-def _open(source: Path, found: Format, parameters: tuple[Parameter, ...]) -> ParameterSource:
-    """Returns the tensors of a source whose files are as they were recorded."""
-    if found == "huggingface":
-        return HuggingFaceSource(source, parameters)
-    stored = OrbaxSource(source, verify=False)
-    check_complete(parameters, {name: spec.shape for name, spec in stored.specs.items()}, str(source))
-    return stored
+@dataclass(frozen=True, slots=True)
+class _Directory:
+    """A source of one of our two formats."""
+
+    path: Path
+    format: Format
+
+    @property
+    def config_path(self) -> Path:
+        return self.path / directory.CONFIG
+
+    def read_config(self) -> bytes:
+        return directory.read_bytes(self.path, directory.CONFIG, directory.MAX_JSON_BYTES)
+
+    def read_files(self) -> dict[str, bytes]:
+        return directory.read_sidecars(self.path)
+
+    def open(self, parameters: tuple[Parameter, ...], config: dict[str, Any]) -> tuple[ParameterSource, str]:
+        """Returns the tensors of a source whose files are as they were recorded, and what they are called."""
+        if self.format == "huggingface":
+            return HuggingFaceSource(self.path, parameters), self.format
+        stored = OrbaxSource(self.path, verify=False)
+        check_complete(parameters, {name: spec.shape for name, spec in stored.specs.items()}, str(self.path))
+        return stored, self.format
 
 
 def _check_apart(source: Path, destination: Path) -> None:

@@ -136,14 +136,16 @@ def _write_file(
         begin += spec.num_bytes
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
+    by_path = {parameter.path: parameter for parameter in order}
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        arrays = source.iterate([p.path for p in order])
-        for parameter in order:
-            values = np.asarray(next(arrays)[1])
+        # Read in the source's order, which may hold many tensors in one, and written where each belongs.
+        for name, array in source.iterate([name for name in specs if name in by_path]):
+            parameter, values = by_path[name], np.asarray(array)
+            file.seek(8 + len(text) + header[parameter.huggingface_name]["data_offsets"][0])
             _write_tensor(file, values.T if parameter.is_transposed_in_huggingface else values)
             on_bytes(values.nbytes)
-            del values  # before the next one is read; `zip` would hold it too
+            del array, values  # before the next one is read
     return [p.huggingface_name for p in order]
 
 

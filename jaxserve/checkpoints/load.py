@@ -10,6 +10,7 @@ from typing import Any, Literal
 import jax
 
 from jaxserve.checkpoints import directory, huggingface, manifest, records, staging
+from jaxserve.checkpoints.flax_trees.orbax_tree import find_item
 from jaxserve.errors import CheckpointError
 from jaxserve.models.weights import Parameter, check_complete
 
@@ -29,6 +30,11 @@ def detect(path: str | Path) -> Format:
     if staging.is_staging(root):
         raise CheckpointError(
             f"{root} is what a conversion that was killed left behind; run it again, which removes this directory too."
+        )
+    if not (root / manifest.NAME).exists() and find_item(root) is not None:
+        raise CheckpointError(
+            f"{root} is an Orbax checkpoint that another Flax program wrote; `jaxserve convert {root} DESTINATION --config "
+            "config.json` makes it one that can be served."
         )
     if (root / directory.PARAMS).is_dir():
         if not (root / manifest.NAME).exists():

@@ -8,6 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 import jaxserve
+from jaxserve.checkpoints.flax_trees.checkpoint import FlaxOptions
 from jaxserve.errors import CheckpointError
 from serve import cli, lifecycle
 from serve.doors import Endpoints
@@ -152,14 +153,21 @@ def test_unknown_flags_and_commands_are_wrong_usage(run):
 def test_convert_finds_its_source_and_passes_its_arguments(run, monkeypatch):
     seen = []
     monkeypatch.setattr("jaxserve.checkpoints.hub.resolve", lambda name: Path("found") / name)
-    fake = SimpleNamespace(convert=lambda *arguments, **options: seen.append((arguments, options)))
-    monkeypatch.setitem(sys.modules, "jaxserve.checkpoints.convert", fake)
-    assert run("convert", "SRC", "DST").exit_code == 0
+
+    def convert(*arguments, **options):
+        seen.append((arguments, options))
+        return SimpleNamespace(layout="maxtext tree of step 3")
+
+    monkeypatch.setitem(sys.modules, "jaxserve.checkpoints.convert", SimpleNamespace(convert=convert))
+    assert run("convert", "SRC", "DST").stderr == "DST holds SRC (maxtext tree of step 3) for orbax\n"
     assert run("convert", "SRC", "DST", "--dtype", "bfloat16", "--to", "huggingface", "--overwrite", "-q").output == ""
+    assert run("convert", "SRC", "DST", "-q", "--mapping", "m.yaml", "--config", "c", "--tokenizer", "t").output == ""
     paths = (Path("found/SRC"), Path("DST"))
+    flax = FlaxOptions("auto", Path("m.yaml"), Path("c"), Path("t"))
     assert seen == [
-        (paths, {"dtype": None, "to": "orbax", "show_progress": True, "overwrite": False}),
-        (paths, {"dtype": "bfloat16", "to": "huggingface", "show_progress": False, "overwrite": True}),
+        (paths, {"dtype": None, "to": "orbax", "show_progress": True, "overwrite": False, "flax": None}),
+        (paths, {"dtype": "bfloat16", "to": "huggingface", "show_progress": False, "overwrite": True, "flax": None}),
+        (paths, {"dtype": None, "to": "orbax", "show_progress": False, "overwrite": False, "flax": flax}),
     ]
 
 
