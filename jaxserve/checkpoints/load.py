@@ -10,7 +10,7 @@ from typing import Any, Literal
 import jax
 
 from jaxserve.checkpoints import directory, huggingface, manifest, records, staging
-from jaxserve.checkpoints.flax_trees.orbax_tree import find_item
+from jaxserve.checkpoints.flax_trees.orbax_item import find_item
 from jaxserve.errors import CheckpointError
 from jaxserve.models.weights import Parameter, check_complete
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from jaxserve.checkpoints import directory, manifest
 from jaxserve.checkpoints.flax_trees.mapping import Mapping as NameMapping
-from jaxserve.checkpoints.flax_trees.orbax_tree import METADATA, Item, find_item
+from jaxserve.checkpoints.flax_trees.orbax_item import METADATA, Item, find_item
 from jaxserve.checkpoints.flax_trees.source import AUTO, FlaxTreeSource, choose_mapping
 from jaxserve.checkpoints.source import ParameterSource
 from jaxserve.errors import CheckpointError

@@ -14,7 +14,7 @@ from jaxserve.checkpoints.flax_trees.facts import facts_of
 from jaxserve.checkpoints.flax_trees.mapping import Mapping as NameMapping
 from jaxserve.checkpoints.flax_trees.orbax_tree import OrbaxTree
 from jaxserve.checkpoints.flax_trees.pieces import finish, index_of, plan_for
-from jaxserve.checkpoints.source import TensorSpec
+from jaxserve.checkpoints.source import TensorSpec, cast
 from jaxserve.models.weights import Parameter
 
 AUTO = "auto"
@@ -45,11 +45,12 @@ class FlaxTreeSource:
             for target, piece in self._plan.pieces.items()
         }
 
-    def iterate(self, paths: Iterable[str]) -> Iterator[tuple[str, np.ndarray]]:
+    def iterate(self, paths: Iterable[str], dtype: np.dtype | None = None) -> Iterator[tuple[str, np.ndarray]]:
         for path in paths:
             piece = self._plan.pieces[path]
             index = index_of(piece, self._tree.spec(piece.leaf).shape, self._facts)
-            yield path, np.ascontiguousarray(finish(piece, self._tree.read(piece.leaf, index), self._facts))
+            array = np.ascontiguousarray(finish(piece, self._tree.read(piece.leaf, index), self._facts))
+            yield path, array if dtype is None else cast(array, dtype, path)
 
 
 def choose_mapping(tree: str, file: str | Path | None) -> NameMapping | None:

@@ -11,6 +11,7 @@ from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
 from jaxserve.checkpoints.load import detect
+from jaxserve.checkpoints.manifest import HUGGINGFACE_NAME
 from jaxserve.errors import CheckpointError
 from jaxserve.models.weights import flatten
 from jaxserve.testing.tiny_checkpoint import write_tiny_llama
@@ -105,13 +106,18 @@ def test_to_hugging_face_with_a_tokenizer_and_another_type(convert, known_here, 
     mapping = ("--mapping", tmp_path / "my.json")
     result = convert(*mapping, "--config", original, "--to", "huggingface", destination="same")
     assert result.exit_code == 0, result.stderr
-    same = {p.name: p.read_bytes() for p in (tmp_path / "same").iterdir()}
+    same = {p.name: p.read_bytes() for p in (tmp_path / "same").iterdir() if p.name != HUGGINGFACE_NAME}
     assert same == {p.name: p.read_bytes() for p in original.iterdir()}
     (tmp_path / "only").mkdir()
     shutil.copy(original / "tokenizer.json", tmp_path / "only")
     options = ("--config", original, "--tokenizer", tmp_path / "only", "--to", "huggingface", "--dtype", "bfloat16")
     assert convert(*mapping, *options, destination="cast").exit_code == 0
-    assert {p.name for p in (tmp_path / "cast").iterdir()} == {"config.json", "model.safetensors", "tokenizer.json"}
+    assert {p.name for p in (tmp_path / "cast").iterdir()} == {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        HUGGINGFACE_NAME,
+    }
     assert {tensor.dtype.name for tensor in load_file(tmp_path / "cast/model.safetensors").values()} == {"bfloat16"}
     assert json.loads((tmp_path / "cast/config.json").read_text())["torch_dtype"] == "bfloat16"
 

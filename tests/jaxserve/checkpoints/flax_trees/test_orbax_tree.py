@@ -12,7 +12,8 @@ import orbax.checkpoint as ocp
 import pytest
 from orbax.checkpoint import v1
 
-from jaxserve.checkpoints.flax_trees.orbax_tree import OrbaxTree, find_item
+from jaxserve.checkpoints.flax_trees.orbax_item import find_item
+from jaxserve.checkpoints.flax_trees.orbax_tree import OrbaxTree
 from jaxserve.errors import CheckpointError
 
 STACKED = np.random.default_rng(0).standard_normal((6, 4, 5)).astype(ml_dtypes.bfloat16)
