@@ -92,7 +92,7 @@ async def stalled_streams(ask, stub, num_streams, max_tokens):
 
 
 def test_readers_that_stall_are_ended_and_nobody_waits_for_them(server, beating):
-    """Four of them; with 1 s and 512 tokens in place of 30 s and 4096. The bystanders are 60 others."""
+    """Four of them; with 5 s and 512 tokens in place of 30 s and 4096. The bystanders are 60 others."""
     asked = requests("beside", 60)
     server.forget_peak()
     before_mb = server.memory_mb()
