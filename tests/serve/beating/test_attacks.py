@@ -103,6 +103,7 @@ def test_500_calls_reset_in_one_connection(server, calm):
     calm(attack)
 
 
+@pytest.mark.slow
 def test_a_flood_of_pings_is_shown_the_door(server, calm):
     def attack():
         with open_http2(server) as connection:
@@ -115,6 +116,7 @@ def test_a_flood_of_pings_is_shown_the_door(server, calm):
     calm(attack)
 
 
+@pytest.mark.slow
 def test_connections_that_say_nothing_or_nonsense(server, calm):
     def attack():
         with contextlib.ExitStack() as stack:
