@@ -80,10 +80,11 @@ class Server:
 
     def __init__(self, **settings):
         flags = [
-            f"--{name.replace('_', '-')}={value}" for name, value in (ENGINE | POOL | {"grpc_port": 0} | settings).items()
+            f"--{name.replace('_', '-')}={value}"
+            for name, value in (ENGINE | POOL | {"grpc_port": 0, "log_level": "warning"} | settings).items()
         ]
         self.process = subprocess.Popen(
-            [sys.executable, str(HERE / "watched_server.py"), "serve", "--log-level=warning", *flags],
+            [sys.executable, str(HERE / "watched_server.py"), "serve", *flags],
             cwd=ROOT,
             env={**ENVIRONMENT, "PYTHONPATH": str(ROOT)},
             stdin=subprocess.PIPE,
@@ -168,6 +169,13 @@ class Server:
         with pytest.raises(ProcessLookupError):
             os.killpg(self.process.pid, 0)
         return status
+
+    def wait_for_log(self, *words, timeout_s):
+        """Returns when a line with all these words has been logged; lines before it are gone."""
+        deadline_s = time.monotonic() + timeout_s
+        line = ""
+        while not all(word in line for word in words):
+            line = self._errors.next(deadline_s - time.monotonic())
 
     def errors(self):
         """What an operator would have to look at; only after the end."""
