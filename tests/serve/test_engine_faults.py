@@ -145,6 +145,7 @@ def test_a_new_call_between_the_fault_and_the_exit_is_unavailable(device, monkey
     asyncio.run(body())
 
 
+@pytest.mark.slow
 def test_a_slow_step_is_no_hang(device):
     """Steps of a third of the limit each that together exceed it, after an engine that was idle for longer than it."""
 

@@ -81,10 +81,10 @@ class Server:
     def __init__(self, **settings):
         flags = [
             f"--{name.replace('_', '-')}={value}"
-            for name, value in (ENGINE | POOL | {"grpc_port": 0, "http_port": 0} | settings).items()
+            for name, value in (ENGINE | POOL | {"grpc_port": 0, "http_port": 0, "log_level": "warning"} | settings).items()
         ]
         self.process = subprocess.Popen(
-            [sys.executable, str(HERE / "watched_server.py"), "serve", "--log-level=warning", *flags],
+            [sys.executable, str(HERE / "watched_server.py"), "serve", *flags],
             cwd=ROOT,
             env={**ENVIRONMENT, "PYTHONPATH": str(ROOT)},
             stdin=subprocess.PIPE,
@@ -170,6 +170,13 @@ class Server:
             os.killpg(self.process.pid, 0)
         return status
 
+    def wait_for_log(self, *words, timeout_s):
+        """Returns when a line with all these words has been logged; lines before it are gone."""
+        deadline_s = time.monotonic() + timeout_s
+        line = ""
+        while not all(word in line for word in words):
+            line = self._errors.next(deadline_s - time.monotonic())
+
     def errors(self):
         """What an operator would have to look at; only after the end."""
         return [line for line in self._errors.rest() if "Traceback" in line or " ERROR " in line]
@@ -184,8 +191,8 @@ class Server:
 
 @pytest.fixture(scope="session")
 def beaten():
-    """One server for every test that leaves it running; stalls are cut short: 1 s, 512 tokens."""
-    server = Server(write_timeout_s=1, max_pending_tokens=512)
+    """One server for every test that leaves it running; stalls are cut short: 512 tokens, or 5 s, as a busy machine may take."""
+    server = Server(write_timeout_s=5, max_pending_tokens=512)
     yield server
     server.close()
 

@@ -58,7 +58,7 @@ async def open_streams(server, num_streams, max_tokens):
 
 
 def test_sigterm_lets_64_streams_finish_though_some_readers_stall(start_server, beating):
-    server = start_server(drain_timeout_s=60, write_timeout_s=1)
+    server = start_server(drain_timeout_s=60, write_timeout_s=5)
     asked = [(f"open {i} " + "x" * (7 * i % 150), 200) for i in range(60)]
 
     async def body():
