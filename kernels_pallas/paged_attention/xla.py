@@ -20,6 +20,9 @@ MIN_SUM_ELEMENTS = 4096
 """Fewest elements of a block's scores. XLA:CPU sums an array's last axis by another routine, with other bits, from 4096
 elements in all (measured on jax 0.10.2, 0.11.2 and 0.12.0.1: 31 rows of 128 differ from 3072 rows, 32 do not)."""
 
+EXP_ELEMENTS = 64
+"""A multiple of every vector's length."""
+
 DOT_COLUMNS, DOT_ROWS = 64, 32
 """Where the columns of weights @ values are no multiple of the first, a product has at most as many rows as the second.
 XLA:CPU's dots are YNNPACK's, which then takes another routine, with other bits, for many rows than for few (measured, jax
@@ -124,29 +127,40 @@ def _finite(maximum):
     return jnp.where(maximum == -jnp.inf, 0.0, maximum)
 
 
+def _exp(x):
+    """Returns exp(x) by one routine, whatever is around it and however small it is.
+
+    A loop that also reads along another layout, and what is left over when vectors are full, take a scalar one, whose result
+    differs by an ulp (measured, jax 0.12.0.1).
+    """
+    flat = jnp.pad(x.reshape(-1), (0, -x.size % EXP_ELEMENTS))
+    return lax.optimization_barrier(jnp.exp(lax.optimization_barrier(flat)))[: x.size].reshape(x.shape)
+
+
 def _merge(left, right):
     """Returns the state of two adjacent KV ranges; exactly the other one where a side has seen nothing.
 
-    One product and one sum an element, on purpose. In `a * x + b * y` the compiler may fuse either product into the sum,
-    and it chose differently in the decode and in the prefill program: equal splits, different bits past the first.
+    One product and one sum an element, on purpose, and the product rounded before it is added. In `a * x + b * y` the compiler
+    may fuse either product into the sum, in `a + b * y` the only one; it chose differently in the decode and in the prefill
+    program (jax 0.10.2 the former, 0.12 the latter): equal splits, different bits past the first.
     """
     acc_l, max_l, sum_l = left
     acc_r, max_r, sum_r = right
     right_is_high = max_r > max_l
     maximum = jnp.maximum(max_l, max_r)
-    shrink = jnp.exp(jnp.minimum(max_l, max_r) - _finite(maximum))
+    shrink = _exp(jnp.minimum(max_l, max_r) - _finite(maximum))
     high = right_is_high[..., None]
-    acc = jnp.where(high, acc_r, acc_l) + jnp.where(high, acc_l, acc_r) * shrink[..., None]
-    total = jnp.where(right_is_high, sum_r, sum_l) + jnp.where(right_is_high, sum_l, sum_r) * shrink
-    return acc, maximum, total
+    products = (jnp.where(high, acc_l, acc_r) * shrink[..., None], jnp.where(right_is_high, sum_l, sum_r) * shrink)
+    acc, total = lax.optimization_barrier(products)
+    return jnp.where(high, acc_r, acc_l) + acc, maximum, jnp.where(right_is_high, sum_r, sum_l) + total
 
 
 def _finish(state, sink):
     """Returns the output of a state; a sink is one more key of value zero. Rows that have seen nothing give zero."""
     acc, maximum, total = state
     final = _finite(jnp.maximum(maximum, sink))
-    keep = jnp.exp(maximum - final)
-    total = total * keep + jnp.exp(sink - final)
+    keep = _exp(maximum - final)
+    total = total * keep + _exp(sink - final)
     return acc * (keep / jnp.where(total == 0, 1.0, total))[..., None]
 
 
