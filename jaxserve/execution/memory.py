@@ -12,6 +12,8 @@ from jaxserve.plan import KVSpec
 CPU_DEFAULT_KV_BYTES = 1 << 29
 """A development machine's share: 512 MiB."""
 
+MAX_POOL_TOKENS = 2**31 - 1
+
 ROUND_PAGES_TO = 64
 """num_pages is a shape, so a few MB more or less of free memory must not change every cache key."""
 
@@ -37,8 +39,13 @@ def free_device_bytes(device: Any, utilization: float) -> int | None:
 
 
 def check_fits(num_pages: int, page_size: int, max_model_len: int, bytes_a_page: int) -> None:
-    """Raises ConfigError unless one request of the longest length fits the pool, so that every request does, alone."""
+    """Raises ConfigError unless the pool can be addressed and holds one request of the longest length: every one fits, alone."""
     needed = -(-max_model_len // page_size)
+    if num_pages * page_size > MAX_POOL_TOKENS:
+        raise ConfigError(
+            f"num_pages ({num_pages}) times page_size ({page_size}) must be at most {MAX_POOL_TOKENS} tokens: a token's place in "
+            f"the pool is a 32-bit number. Lower num_pages to at most {MAX_POOL_TOKENS // page_size}."
+        )
     if num_pages < needed:
         raise ConfigError(
             f"The KV pool holds {num_pages} pages of {page_size} tokens ({num_pages * bytes_a_page / 2**20:.0f} MiB), but one "
