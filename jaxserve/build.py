@@ -22,6 +22,7 @@ from jaxserve.execution.buckets import powers_of_two
 from jaxserve.execution.compilation import process_counter
 from jaxserve.execution.memory import (
     CPU_DEFAULT_KV_BYTES,
+    check_addressable,
     check_fits,
     check_host_memory,
     free_device_bytes,
@@ -154,6 +155,7 @@ def resolve(
     check_fits(num_pages, page_size, max_model_len, bytes_a_page)
     if platform == "cpu":
         check_host_memory(num_pages * bytes_a_page * parallel.size)
+    check_addressable(num_pages, page_size)
     num_pages = min(num_pages, max_num_seqs * -(-max_model_len // page_size)) if not config.num_pages else num_pages
     if config.attention_backend not in ("auto", *IMPLEMENTATIONS):
         names = ", ".join(("auto", *IMPLEMENTATIONS))

@@ -63,7 +63,7 @@ def _check_installed() -> None:
 
 
 @contextlib.contextmanager
-def _no_persistent_cache() -> Iterator[None]:
+def no_persistent_cache() -> Iterator[None]:
     """Keeps jax's compilation cache out: an executable of a device that is not there is written, but cannot be read back.
 
     Whether the cache is used is decided once, so both changes of the setting need a reset (public, jax.experimental).
@@ -139,7 +139,7 @@ class Target:
         # A function that was traced before is only lowered here, in a context that may lack the filter.
         pallas_triton.silence_deprecation()
         # The default device tells both Pallas lowerings and `dispatch.current_platform` what is compiled for.
-        with jax.default_device(self.topology.devices[0]), _no_persistent_cache():
+        with jax.default_device(self.topology.devices[0]), no_persistent_cache():
             lowered = jax.jit(function, **jit_kwargs).lower(*shapes)
             options = {**FAIL_ON_SPILLS, **(compiler_options or {})}
             try:

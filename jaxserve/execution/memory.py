@@ -39,19 +39,23 @@ def free_device_bytes(device: Any, utilization: float) -> int | None:
 
 
 def check_fits(num_pages: int, page_size: int, max_model_len: int, bytes_a_page: int) -> None:
-    """Raises ConfigError unless the pool can be addressed and holds one request of the longest length: every one fits, alone."""
+    """Raises ConfigError unless one request of the longest length fits the pool, so that every request does, alone."""
     needed = -(-max_model_len // page_size)
-    if num_pages * page_size > MAX_POOL_TOKENS:
-        raise ConfigError(
-            f"num_pages ({num_pages}) times page_size ({page_size}) must be at most {MAX_POOL_TOKENS} tokens: a token's place in "
-            f"the pool is a 32-bit number. Lower num_pages to at most {MAX_POOL_TOKENS // page_size}."
-        )
     if num_pages < needed:
         raise ConfigError(
             f"The KV pool holds {num_pages} pages of {page_size} tokens ({num_pages * bytes_a_page / 2**20:.0f} MiB), but one "
             f"request of max_model_len {max_model_len} needs {needed} ({needed * bytes_a_page / 2**20:.0f} MiB): give it more "
             f"(num_pages, kv_cache_memory_bytes or gpu_memory_utilization), or lower max_model_len to at most "
             f"{num_pages * page_size}."
+        )
+
+
+def check_addressable(num_pages: int, page_size: int) -> None:
+    """Raises ConfigError if the pool has more tokens than their 32-bit slot numbers can tell apart."""
+    if num_pages * page_size > MAX_POOL_TOKENS:
+        raise ConfigError(
+            f"num_pages ({num_pages}) times page_size ({page_size}) must be at most {MAX_POOL_TOKENS} tokens: a token's place in "
+            f"the pool is a 32-bit number. Lower num_pages to at most {MAX_POOL_TOKENS // page_size}."
         )
 
 

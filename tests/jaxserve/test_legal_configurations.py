@@ -18,7 +18,7 @@ from jaxserve.errors import ConfigError
 from jaxserve.execution import step
 from jaxserve.execution.batch import backbone_layout, unpack_step_inputs
 from jaxserve.execution.buckets import Ladder
-from jaxserve.execution.memory import MAX_POOL_TOKENS, check_fits
+from jaxserve.execution.memory import MAX_POOL_TOKENS, check_addressable
 from jaxserve.execution.state import abstract_state
 from jaxserve.model_source import ModelSource
 from jaxserve.models.attention import AttentionContext
@@ -187,8 +187,8 @@ def test_tiles_follow_the_device_and_the_element():
 
 
 def test_a_pool_whose_slots_are_no_32_bit_numbers_is_refused():
-    check_fits(MAX_POOL_TOKENS // 256, 256, 1000, bytes_a_page=1)
+    check_addressable(MAX_POOL_TOKENS // 256, 256)
     with pytest.raises(
         ConfigError, match=r"num_pages \(8388608\) times page_size \(256\).*Lower num_pages to at most 8388607"
     ):
-        check_fits(2**31 // 256, 256, 1000, bytes_a_page=1)
+        check_addressable(2**31 // 256, 256)

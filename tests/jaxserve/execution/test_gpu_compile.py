@@ -17,7 +17,7 @@ from jaxserve.models.attention import AttentionContext
 from jaxserve.models.linear import LinearContext
 from jaxserve.models.model import ModelContext
 from jaxserve.models.registry import make_model
-from kernels_pallas.gpu_compile import Target, report
+from kernels_pallas.gpu_compile import Target, no_persistent_cache, report
 from kernels_pallas.paged_attention.tiling import default_tiling
 from sharding.mesh import make_mesh
 
@@ -78,7 +78,7 @@ def programs(num_devices):
 
 def compile_backbone(num_devices, bucket):
     target, factory, pages = programs(num_devices)
-    with jax.default_device(target.topology.devices[0]):
+    with jax.default_device(target.topology.devices[0]), no_persistent_cache():
         return report(factory.backbone(bucket).run), pages
 
 
@@ -102,7 +102,7 @@ def test_a_mixed_step_is_in_place():
 @pytest.mark.parametrize("num_devices", [1, 4])
 def test_the_head_compiles(num_devices):
     target, factory, _ = programs(num_devices)
-    with jax.default_device(target.topology.devices[0]):
+    with jax.default_device(target.topology.devices[0]), no_persistent_cache():
         result = report(factory.head(64).run)
     logits_bytes = 64 * 128256 * 4 // num_devices
     assert result.temporary_bytes < 8 * logits_bytes
