@@ -22,6 +22,7 @@ from jaxserve.execution.buckets import powers_of_two
 from jaxserve.execution.compilation import process_counter
 from jaxserve.execution.memory import (
     CPU_DEFAULT_KV_BYTES,
+    check_addressable,
     check_fits,
     check_host_memory,
     free_device_bytes,
@@ -39,7 +40,7 @@ from jaxserve.plan import kv_groups
 from jaxserve.request_factory import RequestFactory
 from jaxserve.scheduling.scheduler import Scheduler
 from jaxserve.tokenization.tokenizer import Tokenizer
-from kernels_pallas.paged_attention.api import IMPLEMENTATIONS
+from kernels_pallas.paged_attention.api import IMPLEMENTATIONS, check_supported
 from kernels_pallas.paged_attention.tiling import Tiling, default_tiling
 from sharding.mesh import TensorParallelism, make_mesh
 from sharding.rules import spec_for
@@ -158,18 +159,12 @@ def resolve(
     check_fits(num_pages, page_size, max_model_len, bytes_a_page)
     if platform == "cpu":
         check_host_memory(num_pages * bytes_a_page * parallel.size)
+    check_addressable(num_pages, page_size)
     num_pages = min(num_pages, max_num_seqs * -(-max_model_len // page_size)) if not config.num_pages else num_pages
     if config.attention_backend not in ("auto", *IMPLEMENTATIONS):
         names = ", ".join(("auto", *IMPLEMENTATIONS))
         raise ConfigError(f"attention_backend must be one of {names}, got {config.attention_backend!r}.")
-    tiling = default_tiling(
-        platform,
-        num_q_heads=max(1, model.num_heads // parallel.size),
-        # One plan of work serves the layers of every group, so its tiles are those of the most demanding.
-        num_kv_heads=max(1, min(spec.num_kv_heads for spec in specs) // parallel.kv),
-        head_dim=max(spec.head_dim for spec in specs),
-        page_size=page_size,
-    )
+    tiling = _attention_tiling(config, model, platform, mesh, page_size, dtype, kv_dtype)
     splits = -(-max_model_len // tiling.split_size)
     resolved = ResolvedConfig(
         model_name=source.name,
@@ -198,6 +193,43 @@ def resolve(
         attention_backend=config.attention_backend,
     )
     return resolved, tiling
+
+
+def _attention_tiling(
+    config: EngineConfig, model: Model, platform: str, mesh: Mesh, page_size: int, dtype: str, kv_dtype: str
+) -> Tiling:
+    """Returns the tiles that fit every layer; raises ConfigError if the attention backend refuses one."""
+    parallel = _parallelism(config, model)
+    groups = kv_groups(model.kv_specs())
+    num_q_heads = max(1, model.num_heads // parallel.size)
+    kv_heads = [max(1, spec.num_kv_heads // parallel.kv) for spec in groups]
+    tiling = default_tiling(
+        platform,
+        num_q_heads=num_q_heads,
+        num_kv_heads=min(kv_heads),
+        head_dim=max(spec.head_dim for spec in groups),
+        page_size=page_size,
+        dtype_bytes=jnp.dtype(kv_dtype).itemsize,
+        device_kind=mesh.devices.flat[0].device_kind,
+    )
+    for spec, num_kv_heads in zip(groups, kv_heads, strict=True):
+        try:
+            check_supported(
+                num_q_heads=num_q_heads,
+                num_kv_heads=num_kv_heads,
+                head_dim=spec.head_dim,
+                page_size=page_size,
+                dtype=dtype,
+                kv_dtype=kv_dtype,
+                tiling=tiling,
+                backend=config.attention_backend,
+            )
+        except NotImplementedError as refusal:
+            raise ConfigError(
+                f"attention_backend {config.attention_backend!r} cannot serve this model here: {refusal}. 'auto' takes the "
+                "first that can."
+            ) from refusal
+    return tiling
 
 
 def _buckets(name: str, asked: tuple[int, ...] | None, low: int, high: int, defaults: PlatformDefaults) -> tuple[int, ...]:

@@ -5,7 +5,8 @@ version (the extra `gpu-compile`), a description of the target (`targets/*.txtpb
 use of jax, or the plugin looks for a driver. No driver, CUDA toolkit or cuDNN. CPU work goes on in the same process.
 
 What it proves: lowering, shared memory within the target's limit, no register spills (each is a compile error here),
-buffers aliased in place, copies, temporaries, what CUDA graphs capture. What it cannot: speed, numerics, races, and the
+buffers aliased in place, copies, temporaries, what CUDA graphs capture. What does not fit is an error that names the kernel
+and the figure. What it cannot: speed, numerics, races, and the
 GEMM that autotuning would choose on the device (ADR 0007).
 
     compiled = Target("h200").compile(step, (params, state, inputs), donate_argnums=(1,))
@@ -35,10 +36,16 @@ TARGETS = pathlib.Path(__file__).parent / "targets"
 """One GpuTargetConfigProto a GPU model, as text (upstream: openxla/xla, xla/backends/gpu/target_config/specs)."""
 
 FAIL_ON_SPILLS = {"xla_gpu_fail_ptx_compilation_on_register_spilling": True}
+NAME_SPILLS = {"xla_gpu_ptx_compiler_extra_flags": "--warn-on-spills,-Werror"}
+"""Makes a spill an error of the assembler, which names the kernel and the bytes; XLA's own does not."""
 
 
 class GpuCompilerMissing(RuntimeError):
     """The PJRT plugin that compiles for a GPU is not installed, or jax was not told to stay on the CPU."""
+
+
+class DoesNotFit(RuntimeError):
+    """A kernel spills registers, or needs more shared memory than a block may have on the target."""
 
 
 def _check_installed() -> None:
@@ -74,16 +81,24 @@ def _no_persistent_cache() -> Iterator[None]:
 class Target:
     """A GPU model to compile for, and a one-axis mesh named "x" over `num_devices` of them."""
 
-    def __init__(self, name: str = "h200", num_devices: int = 1):
+    def __init__(self, name: str = "h200", num_devices: int = 1, *, is_roomy: bool = False):
         """Reads `targets/{name}.txtpb`.
+
+        Args:
+          name: of the file.
+          num_devices: of one host.
+          is_roomy: with a thousand times the shared memory, to see what a kernel that does not fit asks for.
 
         Raises:
           GpuCompilerMissing: the compiler is not installed, or JAX_PLATFORMS was not set to "cpu".
         """
         _check_installed()
         self.name = name
+        description = (TARGETS / f"{name}.txtpb").read_text()
+        if is_roomy:
+            description = re.sub(r"(shared_memory_per_block_optin: \d+)", r"\g<1>000", description)
         self.topology = topologies.get_topology_desc(
-            platform="cuda", target_config=(TARGETS / f"{name}.txtpb").read_text(), topology=f"1x1x{num_devices}"
+            platform="cuda", target_config=description, topology=f"1x1x{num_devices}"
         )
         self.mesh = Mesh(np.asarray(self.topology.devices), ("x",), axis_types=(AxisType.Auto,))
 
@@ -113,6 +128,9 @@ class Target:
           mesh: a mesh over `self.topology.devices`; None takes the one-axis mesh.
           compiler_options: XLA options beside `FAIL_ON_SPILLS`.
           **jit_kwargs: for `jax.jit`, such as donate_argnums.
+
+        Raises:
+          DoesNotFit: names the kernel, what it needs and what there is.
         """
         mesh = self.mesh if mesh is None else mesh
         specs = PartitionSpec() if specs is None else specs
@@ -129,7 +147,35 @@ class Target:
         pallas_triton.silence_deprecation()
         with self.as_default():
             lowered = jax.jit(function, **jit_kwargs).lower(*shapes)
-            return lowered.compile(compiler_options={**FAIL_ON_SPILLS, **(compiler_options or {})})
+            options = {**FAIL_ON_SPILLS, **(compiler_options or {})}
+            try:
+                return lowered.compile(compiler_options=options)
+            except jax.errors.JaxRuntimeError as error:
+                failure = str(error)
+                if "register spilling" in failure:
+                    raise DoesNotFit(f"{self.name}: {_spills(lowered, options)}") from error
+                if "Shared memory size limit exceeded" not in failure:
+                    raise
+        raise DoesNotFit(f"{self.name}: {self._greediest_kernel(function, args, specs, mesh, jit_kwargs)} ({failure})")
+
+    def _greediest_kernel(self, function: Callable, args: tuple, specs: Any, mesh: Mesh, jit_kwargs: dict[str, Any]) -> str:
+        roomy = Target(self.name, len(self.topology.devices), is_roomy=True)
+        mesh = Mesh(
+            np.asarray(roomy.topology.devices).reshape(mesh.devices.shape), mesh.axis_names, axis_types=mesh.axis_types
+        )
+        _, kernels = list_kernels(roomy, function, args, specs=specs, mesh=mesh, **jit_kwargs)
+        most = max(kernels, key=lambda kernel: kernel.shared_memory_bytes)
+        return f"{most.name} needs {most.shared_memory_bytes} bytes of shared memory"
+
+
+def _spills(lowered: jax.stages.Lowered, options: Mapping[str, str | bool]) -> str:
+    """Returns which kernel of a program that spills does, and how much."""
+    try:
+        lowered.compile(compiler_options={**options, **NAME_SPILLS})
+    except jax.errors.JaxRuntimeError as error:
+        found = re.search(r"in function '(\w+)', (\d+) bytes spill stores", str(error))
+        return f"{found[1]} spills {found[2]} bytes of registers" if found else str(error)
+    return "a kernel spills registers"
 
 
 @dataclasses.dataclass(frozen=True)

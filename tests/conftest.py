@@ -35,7 +35,7 @@ BUDGETS_S = {
     "jaxserve": 240.0,
     "jaxserve/scheduling": 20.0,
     "jaxserve/tokenization": 30.0,
-    "kernels_pallas": 120.0,
+    "kernels_pallas": 150.0,
     "repository": 30.0,
     "serve": 60.0,
     "sharding": 45.0,

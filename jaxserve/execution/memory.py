@@ -12,6 +12,8 @@ from jaxserve.plan import KVSpec
 CPU_DEFAULT_KV_BYTES = 1 << 29
 """A development machine's share: 512 MiB."""
 
+MAX_POOL_TOKENS = 2**31 - 1
+
 ROUND_PAGES_TO = 64
 """num_pages is a shape, so a few MB more or less of free memory must not change every cache key."""
 
@@ -48,6 +50,15 @@ def check_fits(num_pages: int, page_size: int, max_model_len: int, bytes_a_page:
             f"request of max_model_len {max_model_len} needs {needed} ({needed * bytes_a_page / 2**20:.0f} MiB): give it more "
             f"(num_pages, kv_cache_memory_bytes or gpu_memory_utilization), or lower max_model_len to at most "
             f"{num_pages * page_size}."
+        )
+
+
+def check_addressable(num_pages: int, page_size: int) -> None:
+    """Raises ConfigError if the pool has more tokens than their 32-bit slot numbers can tell apart."""
+    if num_pages * page_size > MAX_POOL_TOKENS:
+        raise ConfigError(
+            f"num_pages ({num_pages}) times page_size ({page_size}) must be at most {MAX_POOL_TOKENS} tokens: a token's place in "
+            f"the pool is a 32-bit number. Lower num_pages to at most {MAX_POOL_TOKENS // page_size}."
         )
 
 

@@ -23,6 +23,7 @@ from kernels_pallas.paged_attention.xla import paged_attention_xla
 __all__ = [
     "RaggedBatch",
     "Tiling",
+    "check_supported",
     "default_tiling",
     "empty_ragged_batch",
     "num_decode_items",
@@ -108,3 +109,25 @@ def paged_attention(
         sinks_N=None if sinks_N is None else jnp.asarray(sinks_N),
         tiling=tiling,
     )
+
+
+def check_supported(
+    *,
+    num_q_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    page_size: int,
+    dtype: str,
+    kv_dtype: str,
+    tiling: Tiling,
+    backend: str,
+) -> None:
+    """Raises NotImplementedError, with every reason, unless `backend` takes a model of this shape on this platform.
+
+    Traces an empty step, so what it says and what a real step meets cannot differ.
+    """
+    batch = empty_ragged_batch(num_seq_slots=1, num_decode_slots=1, max_decode_items=1, max_prefill_tiles=1)
+    q = jax.ShapeDtypeStruct((1, num_q_heads, head_dim), dtype)
+    pages = jax.ShapeDtypeStruct((1, num_kv_heads, page_size, head_dim), kv_dtype)
+    attend = functools.partial(paged_attention, scale=1.0, tiling=tiling, backend=backend)
+    jax.eval_shape(attend, q, pages, pages, jax.ShapeDtypeStruct((1, 1), jnp.int32), batch)

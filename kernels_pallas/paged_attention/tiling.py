@@ -20,6 +20,8 @@ class Tiling:
     """Query tokens of a prefill tile."""
     decode_block: int = 4
     """xla: fewest decode items that are computed at once."""
+    head_block: int = 64
+    """triton: most query heads of one KV head in a program, a power of two; a larger group takes several programs."""
     kv_block: int = 64
     """triton: KV tokens of one pipelined step inside a split."""
     decode_num_warps: int = 4
@@ -74,11 +76,12 @@ def default_tiling(
         if entry["platform"] == platform
         and head_dim <= entry.get("max_head_dim", head_dim)
         and dtype_bytes >= entry.get("min_dtype_bytes", 0)
-        and entry.get("device_kind", "").lower() in device_kind.lower()
+        and any(kind in device_kind.upper() for kind in entry.get("device_kinds", [""]))
     )
     sizes = dict(entry["tiling"])
     sizes["split_size"] = -(-sizes["split_size"] // page_size) * page_size
     if "prefill_rows" in entry:
         group_rows = 1 << (num_q_heads // num_kv_heads - 1).bit_length()
-        sizes["query_tile"] = max(entry["prefill_rows"] // group_rows, 1)
+        sizes["head_block"] = min(group_rows, entry["prefill_rows"])
+        sizes["query_tile"] = entry["prefill_rows"] // sizes["head_block"]
     return Tiling(**sizes)

@@ -1,7 +1,7 @@
 """Ragged paged attention as Pallas-Triton kernels: decode over splits, its combine, and prefill over query tiles.
 
-Knows how the host's work items map to programs: one (item, KV head) of the padded list a program, padding leaves at once.
-Decode packs the query heads of a KV head into the rows of the matrix unit; prefill packs query tokens x heads. Both walk
+Knows how the host's work items map to programs: one (item, block of a KV head's query heads) of the padded list a program;
+padding leaves at once. Decode packs query heads into the rows of the matrix unit, prefill query tokens x heads. Both walk
 the same splits with `_attend_split` and merge them left to right with `_merge`, in float32, so that a position's order of
 operations is the same in either. Scores live in base 2 (exp2 is one instruction): scale * log2(e) is one factor.
 
@@ -24,6 +24,8 @@ MIN_DOT_ROWS = 16
 """The matrix unit's rows: fewer are padded to it by Triton and are not faster."""
 MAX_HEAD_DIM = 256
 MAX_PREFILL_ROWS = 128
+COMBINE_ELEMENTS = 4096
+"""Elements of a combine program's accumulator: twice as many spill on an A100 (two warps hold two of them)."""
 
 
 def paged_attention_triton(
@@ -70,18 +72,18 @@ def _power_of_two(n: int) -> int:
 
 def _refusals(q_TNH, k_pages_GKZH, tiling, interpret) -> list[str]:
     _, N, H = q_TNH.shape
-    dtype, group = q_TNH.dtype, _power_of_two(N // k_pages_GKZH.shape[1])
-    rows = group * tiling.query_tile
+    dtype = q_TNH.dtype
+    heads = min(_power_of_two(N // k_pages_GKZH.shape[1]), tiling.head_block)
+    rows = heads * tiling.query_tile
     checks = (
         (interpret or dispatch.current_platform() == "gpu", f"no Triton on platform {dispatch.current_platform()!r}"),
         (dtype in (jnp.bfloat16, jnp.float16, jnp.float32), f"q is {dtype}, not bfloat16, float16 or float32"),
         (k_pages_GKZH.dtype == dtype, f"pages are {k_pages_GKZH.dtype}, q is {dtype}"),
         (H <= MAX_HEAD_DIM, f"head_dim {H} > {MAX_HEAD_DIM}"),
-        (group <= MAX_PREFILL_ROWS, f"{N // k_pages_GKZH.shape[1]} query heads a KV head > {MAX_PREFILL_ROWS}"),
         (tiling.kv_block >= 16 and tiling.kv_block == _power_of_two(tiling.kv_block), "kv_block not a power of two >= 16"),
         (tiling.split_size % tiling.kv_block == 0, f"split_size {tiling.split_size} % kv_block {tiling.kv_block}"),
-        (rows == _power_of_two(rows), f"query_tile {tiling.query_tile} not a power of two"),
-        (rows <= MAX_PREFILL_ROWS, f"query_tile {tiling.query_tile} x {group} heads > {MAX_PREFILL_ROWS} rows"),
+        (rows == _power_of_two(rows), f"query_tile {tiling.query_tile} or head_block {heads} not a power of two"),
+        (rows <= MAX_PREFILL_ROWS, f"query_tile {tiling.query_tile} x {heads} heads > {MAX_PREFILL_ROWS} rows"),
     )
     return [reason for holds, reason in checks if not holds]
 
@@ -94,15 +96,25 @@ class _Attend:
         self.num_pages, self.num_kv_heads, self.page_size, _ = k_pages_GKZH.shape
         self.table_width = block_tables_RP.shape[1]
         self.group = self.num_q_heads // self.num_kv_heads
+        self.block_heads = min(_power_of_two(self.group), tiling.head_block)
+        self.blocks_per_group = -(-self.group // self.block_heads)
+        self.num_blocks = self.num_kv_heads * self.blocks_per_group
         self.padded_head_dim = max(_power_of_two(self.head_dim), 16)
         self.scale, self.sliding_window, self.soft_cap = scale, sliding_window, soft_cap
         self.tiling, self.interpret = tiling, interpret
 
-    def rows(self, num_rows, rows_per_token, kv_head):
-        """Returns (token offset, query head, is a head) of each of M rows: row m is token m // rows_per_token."""
+    def rows(self, num_rows, rows_per_token, block):
+        """Returns the block's KV head and (token offset, query head, is a head) of each of M rows.
+
+        Row m is token m // rows_per_token. Worked example, 2 KV heads of 7 query heads, block_heads 4: block 3 is the second
+        half of KV head 1, so 4 rows a token are query heads 11, 12, 13 and none.
+        """
+        kv_head = block // self.blocks_per_group
         row_M = jnp.arange(num_rows, dtype=jnp.int32)
-        in_group_M = row_M % rows_per_token
-        return row_M // rows_per_token, kv_head * self.group + in_group_M, in_group_M < self.group
+        in_block_M = row_M % rows_per_token
+        in_group_M = (block % self.blocks_per_group) * self.block_heads + in_block_M
+        is_head_M = (in_block_M < self.block_heads) & (in_group_M < self.group)
+        return kv_head, (row_M // rows_per_token, kv_head * self.group + in_group_M, is_head_M)
 
     def head_mask(self, mask_M):
         """Returns (index along head_dim, mask of the padded [M, head_dim] tile)."""
@@ -202,7 +214,7 @@ def _decode(attend, operands, batch, sinks, out_TNH):
     partials = pallas_triton.call(
         functools.partial(_decode_kernel, attend),
         (*operands, batch.decode_items_W4, batch.decode_first_D1),
-        grid=(W, attend.num_kv_heads),
+        grid=(W, attend.num_blocks),
         out_shape=float_shapes,
         num_warps=tiling.decode_num_warps,
         num_stages=tiling.decode_num_stages,
@@ -212,7 +224,7 @@ def _decode(attend, operands, batch, sinks, out_TNH):
     (out_TNH,) = pallas_triton.call(
         functools.partial(_combine_kernel, attend),
         (out_TNH, *partials, batch.decode_first_D1, *sinks),
-        grid=(D, attend.num_kv_heads),
+        grid=(D, -(-N // _combine_rows(attend))),
         out_shape=[jax.ShapeDtypeStruct(out_TNH.shape, out_TNH.dtype)],
         num_warps=2,
         num_stages=3,
@@ -224,14 +236,15 @@ def _decode(attend, operands, batch, sinks, out_TNH):
 
 
 def _decode_kernel(attend, q_ref, k_ref, v_ref, table_ref, items_ref, first_ref, acc_ref, max_ref, sum_ref):
-    """One program: one item and one KV head. Padding items make no trip and store nothing."""
-    item, kv_head = pallas_triton.program_id(0), pallas_triton.program_id(1)
+    """One program: one item and one block of heads. Padding items make no trip and store nothing."""
+    item, block = pallas_triton.program_id(0), pallas_triton.program_id(1)
     token, row, kv_start, kv_stop = (items_ref[item, j] for j in range(4))
     # The query's position is one before its sequence's end, which is the end of the token's last item.
     last_item = jnp.maximum(first_ref[token + 1] - 1, 0)
     position = items_ref[last_item, 3] - 1
-    M = max(_power_of_two(attend.group), MIN_DOT_ROWS)
-    _, head_M, is_head_M = attend.rows(M, M, kv_head)
+    M = max(attend.block_heads, MIN_DOT_ROWS)
+    # Rows past the block only fill the matrix unit. No two rows have one index: a masked store would put the old value back.
+    kv_head, (_, head_M, is_head_M) = attend.rows(M, M, block)
     index_1H, mask_MH = attend.head_mask(is_head_M)
     q_MH = pallas_triton.load_tile(q_ref, (token, head_M[:, None], index_1H), mask_MH)
     position_M = jnp.full((M,), position, jnp.int32)
@@ -245,13 +258,18 @@ def _decode_kernel(attend, q_ref, k_ref, v_ref, table_ref, items_ref, first_ref,
     pallas_triton.store_tile(sum_ref, (item, head_M), state[2], is_head_M & alive)
 
 
+def _combine_rows(attend):
+    """Returns how many heads a combine program merges: a group's, or fewer where those would not fit into registers."""
+    return min(_power_of_two(attend.group), COMBINE_ELEMENTS // attend.padded_head_dim)
+
+
 def _combine_kernel(attend, _, acc_ref, max_ref, sum_ref, first_ref, *sinks_and_out):
-    """One program: one decode slot and one KV head; merges the token's items in order."""
+    """One program: one decode slot and some of its heads; merges the token's items in order."""
     *sinks_refs, out_ref = sinks_and_out
-    token, kv_head = pallas_triton.program_id(0), pallas_triton.program_id(1)
+    token, first_head = pallas_triton.program_id(0), pallas_triton.program_id(1) * _combine_rows(attend)
     first, last = first_ref[token], first_ref[token + 1]
-    M = _power_of_two(attend.group)
-    _, head_M, is_head_M = attend.rows(M, M, kv_head)
+    head_M = first_head + jnp.arange(_combine_rows(attend), dtype=jnp.int32)
+    is_head_M = head_M < attend.num_q_heads
     index_1H, mask_MH = attend.head_mask(is_head_M)
 
     def merge_next(item, state):
@@ -260,7 +278,7 @@ def _combine_kernel(attend, _, acc_ref, max_ref, sum_ref, first_ref, *sinks_and_
         sum_M = pallas_triton.load_tile(sum_ref, (item, head_M), is_head_M)
         return _merge(state, (acc_MH, max_M, sum_M))
 
-    state = lax.fori_loop(first, last, merge_next, _nothing_seen(M, attend.padded_head_dim))
+    state = lax.fori_loop(first, last, merge_next, _nothing_seen(*mask_MH.shape))
     sinks = [pallas_triton.load_tile(ref, (head_M,), is_head_M) for ref in sinks_refs]
     # Slots past the decodes are tokens of prefill tiles: leave them as they are.
     mask_MH &= last > first
@@ -273,7 +291,7 @@ def _prefill(attend, operands, batch, sinks, out_TNH):
     (out_TNH,) = pallas_triton.call(
         functools.partial(_prefill_kernel, attend),
         (out_TNH, *operands, batch.prefill_tiles_W4, *sinks),
-        grid=(batch.prefill_tiles_W4.shape[0], attend.num_kv_heads),
+        grid=(batch.prefill_tiles_W4.shape[0], attend.num_blocks),
         out_shape=[jax.ShapeDtypeStruct(out_TNH.shape, out_TNH.dtype)],
         num_warps=tiling.prefill_num_warps,
         num_stages=tiling.prefill_num_stages,
@@ -285,14 +303,13 @@ def _prefill(attend, operands, batch, sinks, out_TNH):
 
 
 def _prefill_kernel(attend, _, q_ref, k_ref, v_ref, table_ref, tiles_ref, *sinks_and_out):
-    """One program: one query tile and one KV head, over its splits up to the causal bound."""
+    """One program: one query tile and one block of heads, over its splits up to the causal bound."""
     *sinks_refs, out_ref = sinks_and_out
-    tile, kv_head = pallas_triton.program_id(0), pallas_triton.program_id(1)
+    tile, block = pallas_triton.program_id(0), pallas_triton.program_id(1)
     q_start, q_len, row, position = (tiles_ref[tile, j] for j in range(4))
     C = attend.tiling.split_size
-    padded_group = _power_of_two(attend.group)
-    M = max(attend.tiling.query_tile * padded_group, MIN_DOT_ROWS)
-    offset_M, head_M, is_head_M = attend.rows(M, padded_group, kv_head)
+    M = max(attend.tiling.query_tile * attend.block_heads, MIN_DOT_ROWS)
+    kv_head, (offset_M, head_M, is_head_M) = attend.rows(M, attend.block_heads, block)
     is_row_M = is_head_M & (offset_M < q_len)
     index_1H, mask_MH = attend.head_mask(is_row_M)
     where_MH = ((q_start + offset_M)[:, None], head_M[:, None], index_1H)

@@ -10,7 +10,7 @@ import pytest
 from kernels_pallas import gpu_compile
 from kernels_pallas.kv_write.api import kv_write
 from kernels_pallas.paged_attention.api import default_tiling, empty_ragged_batch, paged_attention
-from kernels_pallas.paged_attention.cases import CASES
+from kernels_pallas.paged_attention.cases import CASES, FACTORS, Case, case_of, pairwise
 
 LLAMA = CASES[0]
 TILING = default_tiling(
@@ -48,7 +48,7 @@ def attention_args(bucket, case=LLAMA):
     return q, pages, pages, shape(NUM_ROWS, TABLE_WIDTH), batch_of(bucket), sinks
 
 
-def attention(q, k_pages, v_pages, tables, batch, sinks, *, case=LLAMA, tiling=TILING):
+def attention(q, k_pages, v_pages, tables, batch, sinks, *, case=LLAMA, tiling=TILING, backend="triton"):
     return paged_attention(
         q,
         k_pages,
@@ -60,7 +60,7 @@ def attention(q, k_pages, v_pages, tables, batch, sinks, *, case=LLAMA, tiling=T
         soft_cap=case.soft_cap,
         sinks_N=sinks,
         tiling=tiling,
-        backend="triton",
+        backend=backend,
     )
 
 
@@ -84,18 +84,12 @@ def test_llama_attention_has_no_spills_and_is_one_cuda_graph(bucket):
     assert decode.shared_memory_bytes * 4 <= 228 * 1024
 
 
-@pytest.mark.parametrize(
-    ("name", "device"),
-    [
-        ("gemma2-9b-local", "h200"),
-        ("gpt-oss-20b-local", "a100"),
-        ("qwen2.5-7b", "h200"),
-        ("stablelm-3b", "l4"),
-        ("llama3-8b", "l4"),
-    ],
-)
-def test_other_cases_and_gpus_have_no_spills(name, device):
-    (case,) = [case for case in CASES if case.name == name]
+DEVICES = ("h200", "a100", "l4")
+COMPILED = pairwise({**FACTORS, "device": DEVICES})
+
+
+def compile_with_default_tiles(case, device):
+    """Compiles a mixed step with what a server would take on that GPU; raises where a kernel does not fit."""
     tiling = default_tiling(
         "gpu",
         num_q_heads=case.num_q_heads,
@@ -103,11 +97,56 @@ def test_other_cases_and_gpus_have_no_spills(name, device):
         head_dim=case.head_dim,
         page_size=case.page_size,
         dtype_bytes=jnp.dtype(case.dtype).itemsize,
-        device_kind=f"NVIDIA {device}",
+        device_kind=target(device).topology.devices[0].device_kind,
     )
     step = functools.partial(attention, case=case, tiling=tiling)
-    compiled = target(device).compile(step, attention_args(MIXED, case))
-    assert sum("triton" in call for call in gpu_compile.report(compiled).custom_calls) == 3
+    return gpu_compile.report(target(device).compile(step, attention_args(MIXED, case)))
+
+
+def name_of(row):
+    return "-".join(map(str, row.values()))
+
+
+def every(rows, keep):
+    """Returns parameters of which those not kept are slow."""
+    return [pytest.param(row, id=name_of(row), marks=() if keep(i) else pytest.mark.slow) for i, row in enumerate(rows)]
+
+
+@pytest.mark.parametrize("row", every(COMPILED, lambda index: index % 3 == 0))
+def test_every_pair_fits_its_gpu(row):
+    """No spills, shared memory within the limit, and the pool never copied."""
+    case = case_of(row, num_kv_heads=4)
+    found = compile_with_default_tiles(case, row["device"])
+    assert sum("triton" in call for call in found.custom_calls) == 3
+    assert found.num_copies_of(attention_args(MIXED, case)[1]) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("has_features", [False, True], ids=["plain", "features"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+@pytest.mark.parametrize("group", [1, 2, 3, 7, 16, 32, 71])
+def test_every_group_and_head_dim_fits_every_gpu(group, head_dim, dtype, has_features, device):
+    features = {"sliding_window": 40, "soft_cap": 30.0, "has_sinks": True} if has_features else {}
+    compile_with_default_tiles(Case("", group, 1, head_dim, 64, dtype, **features), device)
+
+
+@pytest.mark.parametrize(
+    ("name", "device"), [("gemma2-9b-local", "h200"), ("gpt-oss-20b-local", "a100"), ("llama3-8b", "l4")]
+)
+def test_real_models_fit_their_gpus(name, device):
+    (case,) = [case for case in CASES if case.name == name]
+    compile_with_default_tiles(case, device)
+
+
+def test_what_triton_refuses_xla_takes_on_a_gpu():
+    case = Case("wide-head", 8, 4, 512, 64)
+    tiling = dataclasses.replace(TILING, query_tile=16)
+    step = functools.partial(attention, case=case, tiling=tiling, backend="auto")
+    found = gpu_compile.report(target("h200").compile(step, attention_args({**MIXED, "num_tokens": 256}, case)))
+    assert not any("triton" in call for call in found.custom_calls)
+    assert found.num_copies_of(attention_args(MIXED, case)[1]) == 0
 
 
 def two_layers(pools, q, k, v, slots, tables, batch, *, forced_copy=False):
@@ -152,6 +191,31 @@ def test_donated_pool_stays_in_place(bucket):
     assert pool_gate(compiled, bucket) == []
 
 
+KV_WRITES = pairwise({key: FACTORS[key] for key in ("head_dim", "page_size", "dtype")} | {"device": DEVICES})
+
+
+def compile_kv_write(row, **kwargs):
+    dtype = jnp.dtype(row["dtype"])
+    pages = shape(NUM_PAGES, 4, row["page_size"], row["head_dim"], dtype=dtype)
+    tokens = shape(64, 4, row["head_dim"], dtype=dtype)
+    compiled = target(row["device"]).compile(kv_write, (pages, pages, tokens, tokens, shape(64)), **kwargs)
+    return gpu_compile.report(compiled), pages
+
+
+@pytest.mark.parametrize("row", every(KV_WRITES, lambda index: index % 4 == 0))
+def test_kv_write_is_in_place_on_every_gpu(row):
+    found, pages = compile_kv_write(row, donate_argnums=(0, 1))
+    assert found.aliased_bytes == 2 * pages.size * pages.dtype.itemsize
+    assert found.num_copies_of(pages) == 0
+    assert found.temporary_bytes < 65536
+
+
+def test_gate_sees_a_kv_write_that_is_not_in_place():
+    found, pages = compile_kv_write(KV_WRITES[0])
+    assert found.aliased_bytes == 0
+    assert found.num_copies_of(pages) == 2
+
+
 def test_gate_sees_a_pool_that_is_not_donated():
     compiled = target("h200").compile(two_layers, two_layers_args(DECODE))
     assert any("pool bytes in place" in wrong for wrong in pool_gate(compiled, DECODE))
@@ -166,13 +230,14 @@ def test_gate_sees_a_forced_copy():
 
 def test_gate_sees_too_much_shared_memory():
     greedy = dataclasses.replace(TILING, kv_block=128, decode_num_stages=9)
-    with pytest.raises(jax.errors.JaxRuntimeError, match="Shared memory size limit exceeded"):
+    needed = r"h200: paged_attention_decode needs 27\d{4} bytes of shared memory \(.*available: 232448"
+    with pytest.raises(gpu_compile.DoesNotFit, match=needed):
         target("h200").compile(functools.partial(attention, tiling=greedy), attention_args(DECODE))
 
 
 def test_gate_sees_register_spills():
     crowded = dataclasses.replace(TILING, query_tile=32, prefill_num_warps=4)
-    with pytest.raises(jax.errors.JaxRuntimeError, match="register spilling"):
+    with pytest.raises(gpu_compile.DoesNotFit, match=r"h200: paged_attention_prefill spills \d+ bytes of registers"):
         target("h200").compile(functools.partial(attention, tiling=crowded), attention_args({**MIXED, "num_tokens": 256}))
 
 

@@ -31,6 +31,22 @@ def test_gpu_query_tile_fills_the_rows_with_the_group():
     assert l4.query_tile == 8
 
 
+@pytest.mark.parametrize(
+    ("group", "head_block", "query_tile"), [(16, 16, 4), (33, 64, 1), (64, 64, 1), (71, 64, 1), (128, 64, 1)]
+)
+def test_gpu_blocks_of_heads_hold_what_the_rows_hold(group, head_block, query_tile):
+    tiling = default_tiling("gpu", num_q_heads=group, num_kv_heads=1, head_dim=128, page_size=64)
+    assert (tiling.head_block, tiling.query_tile) == (head_block, query_tile)
+
+
+def test_a_device_may_have_its_own_entry():
+    shape = {"num_q_heads": 16, "num_kv_heads": 8, "head_dim": 256, "page_size": 64}
+    tiles = {
+        kind: default_tiling("gpu", device_kind=kind, **shape).query_tile for kind in ("NVIDIA H200", "NVIDIA A100", "")
+    }
+    assert tiles == {"NVIDIA H200": 32, "NVIDIA A100": 16, "": 16}
+
+
 def test_splits_hold_whole_pages():
     tiling = default_tiling("cpu", num_q_heads=8, num_kv_heads=8, head_dim=64, page_size=48)
     assert tiling.split_size == 144
