@@ -67,7 +67,8 @@ def strips(store: ts.TensorStore) -> Iterator[Strip]:
         yield ()
         return
     axis = max(range(len(shape)), key=shape.__getitem__)
-    step = max(1, (store.chunk_layout.write_chunk.shape or shape)[axis])
+    chunk = store.chunk_layout.write_chunk.shape or shape
+    step = max(1, chunk[axis] or shape[axis])
     step_bytes = math.prod(shape) // max(shape[axis], 1) * step * store.dtype.numpy_dtype.itemsize
     length = step * max(1, _STRIP_BYTES // max(1, step_bytes))
     for start in range(0, shape[axis], length):

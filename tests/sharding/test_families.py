@@ -13,21 +13,34 @@ from jaxserve.testing.near_ties import NearTies, compare_greedy
 from jaxserve.testing.tiny_checkpoint import TinyModel, write_tiny
 
 NUM_HEADS, HEAD_DIM, HIDDEN, INTERMEDIATE, NUM_LAYERS, VOCAB = 8, 12, 64, 128, 2, 1021
-PROMPT_LENS = (70, 3, 40)
+PROMPT_LENS = (128, 3, 40)
 NUM_TOKENS = 24
 MAX_NEAR_TIES = 3
 """Of 72 tokens a model."""
 
 SHAPE = {"num_heads": NUM_HEADS, "head_dim": HEAD_DIM, "vocab_size": VOCAB, "seed": 7}
-DYNAMIC = {"rope_type": "dynamic", "factor": 4.0}
+ORIGINAL_LEN = 32
+LINEAR, DYNAMIC = {"rope_type": "linear", "factor": 8.0}, {"rope_type": "dynamic", "factor": 8.0}
+YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": ORIGINAL_LEN}
+LLAMA3 = YARN | {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+
+
+def tiny(family, num_kv_heads, scaling, **fields):
+    # transformers takes the original length of linear and dynamic scaling from max_position_embeddings
+    is_short = scaling["rope_type"] in ("linear", "dynamic")
+    max_len = ORIGINAL_LEN if is_short else 8 * ORIGINAL_LEN
+    rope = {"rope_scaling": scaling, "max_position_embeddings": max_len}
+    return TinyModel(family, num_kv_heads=num_kv_heads, **rope, **SHAPE, **fields)
+
+
 MODELS = {
-    "llama": TinyModel("llama", num_kv_heads=2, extra_config={"attention_bias": True, "mlp_bias": True}, **SHAPE),
-    "mistral": TinyModel("mistral", num_kv_heads=4, **SHAPE),
-    "qwen2": TinyModel("qwen2", num_kv_heads=2, rope_scaling=DYNAMIC, max_position_embeddings=32, **SHAPE),
-    "qwen3": TinyModel("qwen3", num_kv_heads=4, **SHAPE),
-    "gemma": TinyModel("gemma", num_kv_heads=8, is_tied=True, extra_config={"attention_bias": True}, **SHAPE),
-    "gemma2": TinyModel("gemma2", num_kv_heads=2, **SHAPE),
-    "gemma3": TinyModel("gemma3", num_kv_heads=1, is_tied=True, **SHAPE),
+    "llama": tiny("llama", 2, LLAMA3, extra_config={"attention_bias": True, "mlp_bias": True}),
+    "mistral": tiny("mistral", 4, LINEAR),
+    "qwen2": tiny("qwen2", 2, DYNAMIC),
+    "qwen3": tiny("qwen3", 4, YARN),
+    "gemma": tiny("gemma", 8, LINEAR, is_tied=True, extra_config={"attention_bias": True}),
+    "gemma2": tiny("gemma2", 2, DYNAMIC),
+    "gemma3": tiny("gemma3", 1, YARN, is_tied=True),
 }
 """KV heads that divide by every size, by 4, by 2, or by none; a vocabulary that divides by nothing."""
 
@@ -65,15 +78,15 @@ def held_bytes(arrays, size):
 def test_tokens_and_bytes(family, size, tmp_path, record_property):
     model = MODELS[family]
     prompts = [np.random.default_rng([n, 1]).integers(3, VOCAB, size=n).tolist() for n in PROMPT_LENS]
-    limits = {"max_num_seqs": 2, "max_num_batched_tokens": 32, "page_size": 8, "num_pages": 20, "sequence_buckets": (2,)}
+    limits = {"max_num_seqs": 2, "max_num_batched_tokens": 32, "page_size": 8, "num_pages": 24, "sequence_buckets": (2,)}
     params = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
     path = str(write_tiny(tmp_path, model))
-    with LLM(path, tensor_parallel_size=size, max_model_len=96, skip_tokenizer_init=True, use_tqdm=False, **limits) as llm:
+    with LLM(path, tensor_parallel_size=size, max_model_len=160, skip_tokenizer_init=True, use_tqdm=False, **limits) as llm:
         completions = [o.outputs[0] for o in llm.generate(prompts, params, use_tqdm=False)]
         assert llm.stats().num_compilations_since_ready == 0
         parameters, state = llm._engine.runner.resident()
         assert held_bytes(parameters, size) == {expected_local_bytes(model, size)}
-        pages = 20 * 8 * max(1, model.num_kv_heads // size) * HEAD_DIM * 4
+        pages = 24 * 8 * max(1, model.num_kv_heads // size) * HEAD_DIM * 4
         assert held_bytes([*state.k_pages, *state.v_pages], size) == {2 * NUM_LAYERS * pages}
     stored = model.tensors()
     leaves = {
