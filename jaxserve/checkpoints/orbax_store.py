@@ -16,6 +16,8 @@ import math
 import operator
 import os
 import re
+import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -39,10 +41,9 @@ _MAX_ITEMSIZE = 4
 GROUP_BYTES = 256 << 20  # written or read in one Orbax call; a larger tensor goes in strips (`orbax_arrays`)
 _CONCURRENT_BYTES = 1 << 30
 
-_OS_REASON = re.compile(
-    r"([^:]+) \[os_error_code="
-)  # tensorstore: "...: <file>: No space left on device [os_error_code='28']"
+_OS_ERROR = re.compile(r"os_error_code='(\d+)'")  # in tensorstore's messages, between a page of specifications
 _MAX_REASON = 300
+_STILL_S = 0.3
 
 
 def save(
@@ -127,8 +128,20 @@ def _write_payload(payload: Path, source: ParameterSource, on_bytes: Callable[[i
 def _save_tree(payload: Path, tree: dict[str, Any]) -> None:
     context = ocp.Context()
     context.array.saving.use_compression = False  # zstd takes 24 % off random bfloat16, and loading takes 2.5 times as long
-    with context:
-        ocp.save(str(payload), tree)
+    try:
+        with context:
+            ocp.save(str(payload), tree)
+    except Exception:
+        _wait_until_still(payload.parent)
+        raise
+
+
+def _wait_until_still(folder: Path) -> None:
+    """Waits for the writes that Orbax leaves running when one of them fails: they would come back after a removal."""
+    before = None
+    while (now := sorted(str(path) for path in folder.rglob("*"))) != before:
+        before = now
+        time.sleep(_STILL_S)
 
 
 def write_files(root: Path, config: Mapping[str, Any] | bytes, files: Mapping[str, bytes]) -> None:
@@ -218,24 +231,33 @@ def _groups(specs: Mapping[str, TensorSpec]) -> Iterator[list[str]]:
 def _orbax_errors(path: str | Path, done: str) -> Iterator[None]:
     """One line for what Orbax and tensorstore raise: bare `Exception` for some failures, ValueError for a full disk.
 
-    Orbax also logs the traceback of each of its threads, which ends in the same error; that is not shown.
+    Orbax also logs the traceback of each of its threads, which ends in the same error, and closes its event loop while threads
+    of tensorstore still report to it, which prints more of them. None of that is shown.
     """
-    logger = logging.getLogger("absl")
+    logger, hook = logging.getLogger("absl"), sys.unraisablehook
     logger.addFilter(_is_no_error)
+    sys.unraisablehook = functools.partial(_show_unless_late, hook)
     try:
         yield
     except (CheckpointError, MemoryError):
         raise
     except Exception as error:
-        reason = _OS_REASON.search(str(error))
-        text = reason[1].strip() if reason else " ".join(str(error).split())[:_MAX_REASON]
+        number = _OS_ERROR.search(str(error))
+        text = os.strerror(int(number[1])) if number else " ".join(str(error).split())[:_MAX_REASON]
         raise CheckpointError(f"{path} cannot be {done} by Orbax: {text}.") from error
+    else:
+        sys.unraisablehook = hook  # after an error it stays: the reports come when they come
     finally:
         logger.removeFilter(_is_no_error)
 
 
 def _is_no_error(record: logging.LogRecord) -> bool:
     return record.levelno < logging.ERROR
+
+
+def _show_unless_late(hook: Callable[[Any], Any], unraisable: Any) -> None:
+    if str(unraisable.exc_value) != "Event loop is closed":
+        hook(unraisable)
 
 
 def _concurrent_bytes(largest_bytes: int) -> int:

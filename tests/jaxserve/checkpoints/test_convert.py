@@ -304,6 +304,7 @@ def large(make_llama):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_while_orbax_writes_leaves_nothing(large, tmp_path):
     done = _child(large, tmp_path / "out", "orbax", 200 << 20)
     assert done.returncode != 0

@@ -27,9 +27,9 @@ from jaxserve.errors import JaxserveError
 
 ROOT = Path(__file__).resolve().parents[3]
 
-# Reads one request a line, forks, tells the child's id, waits, tells its status and how often it touched files below `folder`.
+# Reads one request a line, forks, kills or waits, tells the child's status and how often it touched files below `folder`.
 _SERVER = """
-import json, os, signal, sys
+import json, os, signal, sys, time
 import jaxserve.checkpoints.convert
 from jaxserve.checkpoints import hub, orbax_store
 from serve import cli
@@ -55,13 +55,15 @@ def convert(arguments, folder, kill_at, out):
 
 print("ready", flush=True)
 for line in sys.stdin:
-    request = json.loads(line)
+    *request, kill_after_s = json.loads(line)
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
         convert(*request, writing)
     os.close(writing)
-    print(child, flush=True)
+    if kill_after_s is not None:
+        time.sleep(kill_after_s)
+        os.kill(child, signal.SIGKILL)  # nobody else has this id, as it was not waited for yet
     _, status = os.waitpid(child, 0)
     touched = os.read(reading, 100)
     os.close(reading)
@@ -81,12 +83,8 @@ class _Conversions:
     def run(self, kill_at=0, kill_after_s=None):
         """Returns (exit status, times that files were touched, seconds)."""
         started = time.monotonic()
-        self._server.stdin.write(json.dumps([self._arguments, self._folder, kill_at]) + "\n")
+        self._server.stdin.write(json.dumps([self._arguments, self._folder, kill_at, kill_after_s]) + "\n")
         self._server.stdin.flush()
-        child = int(self._server.stdout.readline())
-        if kill_after_s is not None:
-            time.sleep(kill_after_s)
-            os.kill(child, signal.SIGKILL)  # not reaped yet by then: its parent tells us first
         status, touched = json.loads(self._server.stdout.readline())
         return status, touched, time.monotonic() - started
 
