@@ -162,6 +162,25 @@ def test_every_damaged_file_is_named_at_once(checkpoints, tmp_path):
         assert f"{name} {'is missing' if name == 'tokenizer.json' else 'has another sha256'}" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "was", "is_now"),
+    [
+        ("config.json", b'"hidden_act": "silu"', b'"hidden_act": "sigu"'),
+        ("config.json", b'"LlamaForCausalLM"', b'"MlamaForCausalLM"'),
+        ("tokenizer.json", b'"BPE"', b'"BPF"'),
+        ("tokenizer_config.json", b'"eos_token": ', b'"eos_token"; '),
+    ],
+)
+def test_damage_is_told_as_damage_before_anything_is_made_of_it(name, was, is_now, checkpoints, tmp_path):
+    """Otherwise it would be a setting that is not supported, or a tokenizer that cannot be read."""
+    root = shutil.copytree(checkpoints["jaxserve_manifest.json"], tmp_path / "m")
+    data = (root / name).read_bytes()
+    assert was in data
+    (root / name).write_bytes(data.replace(was, is_now))
+    with pytest.raises(CheckpointError, match=rf"{name} has another sha256"):
+        build(EngineConfig(model=str(root)), show_progress=False)
+
+
 def test_a_tokenizer_of_another_directory_is_checked_too(checkpoints, tmp_path):
     other = shutil.copytree(checkpoints["manifest.json"], tmp_path / "other")
     path = other / "tokenizer.json"
