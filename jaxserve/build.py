@@ -188,6 +188,7 @@ def resolve(
         # Every row's first split, and all splits that a full pool can hold; shared pages may ask for more and then wait.
         max_decode_items=max(splits, max_num_seqs + num_pages * page_size // tiling.split_size),
         max_cached_pages=max(-(-max_model_len // page_size), MIN_CACHED_PAGES) if config.enable_prefix_caching else 0,
+        reads_prompt_len=model.reads_prompt_len,
         seed=config.seed,
         max_logprobs=min(config.max_logprobs, model.vocab_size),
         attention_backend=config.attention_backend,

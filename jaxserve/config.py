@@ -129,6 +129,7 @@ class ResolvedConfig:
         query_tile: query tokens of one prefill tile.
         max_decode_items: most decode work items in one step.
         max_cached_pages: most pages that the prefix cache may give in one step; 0 without one.
+        reads_prompt_len: keys depend on the prompt's length (RoPE scaling "dynamic"): only prompts of one length share pages.
     """
 
     model_name: str
@@ -149,6 +150,7 @@ class ResolvedConfig:
     query_tile: int
     max_decode_items: int
     max_cached_pages: int
+    reads_prompt_len: bool
     seed: int
     max_logprobs: int
     attention_backend: str

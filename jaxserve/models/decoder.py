@@ -120,6 +120,10 @@ class Decoder:
         self._graphdef, self._abstract_state = nnx.split(abstract)
 
     @property
+    def reads_prompt_len(self) -> bool:
+        return any(rope.scaling.reads_prompt_len for rope in self.config.ropes)
+
+    @property
     def vocab_size(self) -> int:
         return self.config.vocab_size
 

@@ -67,6 +67,11 @@ class Model(Protocol):
         """Whether the model's own arithmetic needs float32 parameters and pages (the toy's does)."""
         ...
 
+    @property
+    def reads_prompt_len(self) -> bool:
+        """Whether keys depend on the prompt's length, so that only prompts of one length may share pages."""
+        ...
+
     def parameters(self) -> tuple[Parameter, ...]:
         """Returns every tensor of the canonical tree."""
         ...

@@ -7,7 +7,7 @@ Chen et al. 2023 (linear); Peng et al. 2023 (dynamic NTK, YaRN); Grattafiori et 
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,13 @@ from jaxserve.models.config_fields import count, flag, one_of, positive, section
 
 @dataclass(frozen=True, slots=True)
 class Scaling:
-    """What every scaling answers; this one changes nothing."""
+    """What every scaling answers; this one changes nothing.
+
+    Attributes:
+        reads_prompt_len: whether `stretch` ever grows.
+    """
+
+    reads_prompt_len: ClassVar[bool] = False
 
     def frequencies(self, unscaled: np.ndarray, theta: float) -> np.ndarray:
         """Returns radians a position, float32 [H / 2]."""
@@ -66,6 +72,8 @@ class DynamicScaling(Scaling):
     Transformers rotates by the length that the sequence has at the time of the forward: prompt tokens by the prompt's length, a
     generated token at position p by p + 1; keys in the cache stay as they were written. Up to `original_len` nothing is scaled.
     """
+
+    reads_prompt_len: ClassVar[bool] = True
 
     factor: float
     original_len: int

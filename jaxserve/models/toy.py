@@ -50,6 +50,7 @@ class Toy:
     num_heads = 1
     dtype = jnp.float32
     is_float32_only = True
+    reads_prompt_len = False
 
     def __init__(self, parallel: TensorParallelism):
         self.parallel = parallel

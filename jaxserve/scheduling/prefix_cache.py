@@ -12,14 +12,15 @@ from collections.abc import Iterable, Sequence
 from jaxserve.errors import IntegrityError
 from jaxserve.scheduling.page_pool import PagePool
 
-ROOT_KEY = b""
-"""Stands before the first page."""
 
+def page_keys(token_ids: Sequence[int], page_size: int, keys: list[bytes], root: bytes = b"") -> list[bytes]:
+    """Extends `keys`, those of the first pages, by the keys of all further full pages of `token_ids`, and returns it.
 
-def page_keys(token_ids: Sequence[int], page_size: int, keys: list[bytes]) -> list[bytes]:
-    """Extends `keys`, those of the first pages, by the keys of all further full pages of `token_ids`, and returns it."""
+    Args:
+        root: what beside the tokens makes contexts equal; stands before the first page.
+    """
     for start in range(len(keys) * page_size, len(token_ids) - page_size + 1, page_size):
-        digest = hashlib.sha256(keys[-1] if keys else ROOT_KEY)
+        digest = hashlib.sha256(keys[-1] if keys else root)
         digest.update(array("q", token_ids[start : start + page_size]).tobytes())
         keys.append(digest.digest())
     return keys

@@ -197,10 +197,14 @@ class Scheduler:
         """Returns the pages, by group, that hold the sequence's first tokens already; at least its last token is computed."""
         if not self.caches:
             return [[] for _ in self.pools]
-        keys = page_keys(sequence.token_ids, self.config.page_size, sequence.page_keys)
+        keys = self._page_keys(sequence)
         found = [cache.lookup(keys[: (sequence.num_known - 1) // self.config.page_size]) for cache in self.caches]
         length = min(map(len, found))
         return [pages[:length] for pages in found]
+
+    def _page_keys(self, sequence: Sequence) -> list[bytes]:
+        root = b"%d" % sequence.num_prompt_tokens if self.config.reads_prompt_len else b""
+        return page_keys(sequence.token_ids, self.config.page_size, sequence.page_keys, root)
 
     def _admit(self, sequence: Sequence, cached: list[list[int]], budget: _Budget) -> int:
         """Makes the cached pages, and new ones for all other known tokens, the sequence's own.
@@ -237,7 +241,7 @@ class Scheduler:
         Steps run in order, so any later one may read them.
         """
         num_full = min(sequence.num_computed, sequence.num_known) // self.config.page_size
-        keys = page_keys(sequence.token_ids, self.config.page_size, sequence.page_keys)
+        keys = self._page_keys(sequence)
         for cache, pages in zip(self.caches, sequence.pages, strict=True):
             for index in range(sequence.num_pages_cached, num_full):
                 cache.insert(keys[index], pages[index])

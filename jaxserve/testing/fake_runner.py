@@ -41,6 +41,7 @@ def toy_config(**changes: Any) -> ResolvedConfig:
         "query_tile": 4,
         "seed": 0,
         "max_cached_pages": 0,
+        "reads_prompt_len": False,
         "max_logprobs": 5,
         "attention_backend": "auto",
     } | changes

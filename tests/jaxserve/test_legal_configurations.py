@@ -53,6 +53,7 @@ class Attention:
     vocab_size: int = 128
     max_model_len: int = 2**31 - 1
     is_float32_only: bool = False
+    reads_prompt_len: bool = False
 
     def kv_specs(self):
         return self.specs

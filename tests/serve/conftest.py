@@ -165,6 +165,7 @@ def resolved_config():
         query_tile=16,
         max_decode_items=64,
         max_cached_pages=0,
+        reads_prompt_len=False,
         seed=0,
         max_logprobs=5,
         attention_backend="auto",

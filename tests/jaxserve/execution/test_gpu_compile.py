@@ -62,6 +62,7 @@ def programs(num_devices):
         query_tile=tiling.query_tile,
         max_decode_items=1024,
         max_cached_pages=0,
+        reads_prompt_len=False,
         seed=0,
         max_logprobs=20,
         attention_backend="triton",

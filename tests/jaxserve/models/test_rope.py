@@ -68,6 +68,14 @@ def test_longest_context(name):
     assert Rope.from_huggingface(config_of(scaling), 64).max_len(2048) == max_len
 
 
+@pytest.mark.parametrize("name", SCALINGS)
+def test_only_dynamic_scaling_reads_the_prompts_length(name):
+    rope = Rope.from_huggingface(TinyModel(rope_scaling=SCALINGS[name][0], max_position_embeddings=2048).config(), 16)
+    positions, one, other = jnp.asarray([7, 3000]), jnp.asarray([8, 3001]), jnp.asarray([4000, 4000])
+    depends = any((a != b).any() for a, b in zip(rope.angles(positions, one), rope.angles(positions, other), strict=True))
+    assert rope.scaling.reads_prompt_len == depends == (name == "dynamic")
+
+
 def test_dynamic_angles_do_not_depend_on_how_a_prompt_is_chunked():
     rope = Rope.from_huggingface(config_of({"type": "dynamic", "factor": 4.0}), 64)
     positions = jnp.arange(3000, dtype=jnp.int32)

@@ -230,6 +230,14 @@ def test_reset_forgets_and_running_sequences_go_on():
     assert engine.scheduler.num_cached_tokens == 0
 
 
+def test_where_keys_depend_on_the_prompts_length_only_prompts_of_one_length_share():
+    engine = Engine(reads_prompt_len=True)
+    engine.run(request("a", PROMPT[:14]))
+    engine.run(request("longer", PROMPT[:20]), request("equal", (*PROMPT[:12], 1, 2)))
+    assert engine.first_chunk("longer")[0] == 0
+    assert engine.first_chunk("equal")[0] == 12
+
+
 def test_without_a_cache_nothing_is_shared():
     engine = Engine(max_cached_pages=0)
     engine.run(request("a", PROMPT[:12]))
