@@ -111,21 +111,27 @@ def maxtext(known, *, is_stacked):
 
 
 def gemma_layer(known, index, *, is_transposed=True):
-    """Returns one layer as gemma/gm/nn/_modules.py declares it, norms named for a family without norms behind its blocks."""
+    """Returns one layer as gemma/gm/nn/_modules.py declares it, as many norms as the family has."""
     gating = np.stack([known.weight(f"mlp.{name}_proj", index) for name in ("gate", "up")])  # [2, F, D]
+    attention = {
+        "q_einsum": {"w": known.heads("q", index).swapaxes(0, 1)},
+        "kv_einsum": {"w": np.stack([known.heads(name, index).swapaxes(0, 1) for name in "kv"])},
+        "attn_vec_einsum": {"w": known.heads_out(index)},
+    }
+    norms = {"pre_attention_norm": "input_layernorm", "pre_ffw_norm": "post_attention_layernorm"}
+    if known.model.family in ("gemma2", "gemma3"):
+        norms |= {"post_attention_norm": "post_attention_layernorm", "pre_ffw_norm": "pre_feedforward_layernorm"}
+        norms |= {"post_ffw_norm": "post_feedforward_layernorm"}
+    if known.model.family == "gemma3":
+        attention["_query_norm"] = {"scale": known.weight("self_attn.q_norm", index)}
+        attention["_key_norm"] = {"scale": known.weight("self_attn.k_norm", index)}
     return {
-        "attn": {
-            "q_einsum": {"w": known.heads("q", index).swapaxes(0, 1)},
-            "kv_einsum": {"w": np.stack([known.heads(name, index).swapaxes(0, 1) for name in "kv"])},
-            "attn_vec_einsum": {"w": known.heads_out(index)},
-        },
+        "attn": attention,
         "mlp": {
             "gating_einsum": gating if is_transposed else gating.swapaxes(1, 2),
             "linear": known.weight("mlp.down_proj", index).T,
         },
-        "pre_attention_norm": {"scale": known.weight("input_layernorm", index)},
-        "pre_ffw_norm": {"scale": known.weight("post_attention_layernorm", index)},
-    }
+    } | {name: {"scale": known.weight(norm, index)} for name, norm in norms.items()}
 
 
 def gemma(known, form):

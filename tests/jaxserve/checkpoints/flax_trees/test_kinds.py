@@ -133,6 +133,16 @@ def test_gemma(form, known, trees, converted, tmp_path):
     assert "(gemma tree)" in said
 
 
+@pytest.mark.parametrize("family", ["gemma", "gemma2", "gemma3"])
+@pytest.mark.parametrize("form", ["nested", "stacked"])
+def test_each_gemma(family, form, known, trees, converted, tmp_path):
+    known = known(family=family, is_tied=True, num_layers=7 if form == "stacked" else 2, dtype="bfloat16")
+    save_standard(tmp_path / "gemma", trees.gemma(known, form))
+    tensors, said = converted(tmp_path / "gemma", known)
+    assert_same_bits(tensors, known.canonical)
+    assert "(gemma tree)" in said
+
+
 def test_gemma_with_one_matrix_for_queries_keys_and_values(known, trees, converted, tmp_path):
     """Gemma 7B has as many key and value heads as query heads; its train state is Kauldron's."""
     known = known(is_tied=True, num_kv_heads=4)
@@ -348,6 +358,11 @@ def tunix_llama(known):
 
     def layer(index):
         attention = {f"{name}_proj": Einsum(known.heads(name, index)) for name in "qkv"}
+        if known.model.family == "qwen2":  # tunix/models/qwen2/model.py
+            biases = {name: known.tensors[f"model.layers.{index}.self_attn.{name}_proj.bias"] for name in "qkv"}
+            attention |= {f"{name}_bias": nnx.Param(jnp.asarray(bias)) for name, bias in biases.items()}
+        if known.model.family == "qwen3":  # tunix/models/qwen3/model.py
+            attention |= {f"{name}_norm": Einsum(known.weight(f"self_attn.{name}_norm", index)) for name in "qk"}
         return Holder(
             input_layernorm=Einsum(known.weight("input_layernorm", index)),
             attn=Holder(**attention, o_proj=Einsum(known.heads_out(index))),
@@ -374,6 +389,16 @@ def test_tunix(known, converted, tmp_path):
     tensors, said = converted(tmp_path / "tunix", known)
     assert_same_bits(tensors, known.canonical)
     assert "(tunix tree of step 20)" in said
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_tunix_qwen(family, known, converted, tmp_path):
+    fields = {"extra_config": {"attention_bias": False}} if family == "qwen3" else {}
+    known = known(family=family, dtype="bfloat16", **fields)
+    save_standard(tmp_path / "tunix", nnx.state(tunix_llama(known)))
+    tensors, said = converted(tmp_path / "tunix", known)
+    assert_same_bits(tensors, known.canonical)
+    assert "(tunix tree)" in said
 
 
 def test_tunix_gemma(known, trees, converted, tmp_path):
