@@ -119,6 +119,7 @@ class _EngineCollector(Collector):
         )
         counters = (
             ("vllm:prompt_tokens", "Tokens of the prompts that the engine took.", stats.num_prompt_tokens),
+            ("vllm:prompt_tokens_cached", "Of these, tokens that the prefix cache spared.", stats.num_cached_tokens),
             ("vllm:generation_tokens", "Tokens generated.", stats.num_generated_tokens),
             ("vllm:num_preemptions", "Requests put back to wait, to be computed again.", stats.num_preemptions),
             ("jaxserve_steps", "Steps of the engine.", stats.num_steps),
