@@ -33,6 +33,7 @@ def test_gauges_and_counters_are_the_engines_own():
         num_steps=7,
         num_preemptions=4,
         num_prompt_tokens=1000,
+        num_cached_tokens=256,
         num_generated_tokens=90,
         num_compilations_since_ready=1,
     )
@@ -43,6 +44,7 @@ def test_gauges_and_counters_are_the_engines_own():
     }
     assert found["vllm:kv_cache_usage_perc",] == 0.6
     assert found["vllm:prompt_tokens_total",] == 1000
+    assert found["vllm:prompt_tokens_cached_total",] == 256
     assert found["vllm:generation_tokens_total",] == 90
     assert found["vllm:num_preemptions_total",] == 4
     assert found["jaxserve_steps_total",] == 7
