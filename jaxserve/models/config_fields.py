@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 from jaxserve.errors import ConfigError
 
 MAX_COUNT = 2**31 - 1
+MAX_LAYERS = 4096
 
 Number = TypeVar("Number", int, float)
 
@@ -29,6 +30,18 @@ def count(config: Mapping[str, Any], name: str, default: int | None = None) -> i
     if type(value) is not int or not 1 <= value <= MAX_COUNT:
         raise ConfigError(f"config.json: {name} must be a whole number of at least 1, got {value!r}.")
     return value
+
+
+def count_layers(config: Mapping[str, Any]) -> int:
+    """Returns num_hidden_layers, before anything is made for each of them.
+
+    Raises:
+        ConfigError: there are more than any model has.
+    """
+    num_layers = count(config, "num_hidden_layers")
+    if num_layers > MAX_LAYERS:
+        raise ConfigError(f"config.json: num_hidden_layers must be at most {MAX_LAYERS}, got {num_layers}.")
+    return num_layers
 
 
 def positive(config: Mapping[str, Any], name: str, default: float | None = None) -> float:

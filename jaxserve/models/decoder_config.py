@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jaxserve.errors import ConfigError
-from jaxserve.models.config_fields import count, flag, one_of, positive, refuse
+from jaxserve.models.config_fields import MAX_COUNT, count, count_layers, flag, one_of, positive, refuse
 from jaxserve.models.rope import Rope
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
@@ -88,11 +88,15 @@ def read_decoder(
             f"config.json: num_attention_heads ({num_heads}) must be a multiple of num_key_value_heads ({num_kv_heads})."
         )
     head_dim = count(config, "head_dim", default_head_dim or hidden_size // num_heads or None)
-    num_layers = count(config, "num_hidden_layers")
+    num_layers = count_layers(config)
     if "ropes" not in switches:
         rope = Rope.from_huggingface(config, head_dim)
         switches["ropes"] = (rope,) * num_layers
-        switches["max_model_len"] = rope.max_len(count(config, "max_position_embeddings", 2048))
+        switches["max_model_len"] = max_len = rope.max_len(count(config, "max_position_embeddings", 2048))
+        if not 1 <= max_len <= MAX_COUNT:
+            raise ConfigError(
+                f"config.json: RoPE scaling makes the longest context {max_len:.3g} tokens; give it another factor."
+            )
     return DecoderConfig(
         hidden_size=hidden_size,
         intermediate_size=count(config, "intermediate_size"),
@@ -109,7 +113,7 @@ def read_decoder(
 
 def read_layer_types(config: Mapping[str, Any], is_sliding: Callable[[int], bool]) -> tuple[str, ...]:
     """Returns a word of LAYER_TYPES a layer: `layer_types` of transformers 5, or else the family's rule by index."""
-    num_layers, types = count(config, "num_hidden_layers"), config.get("layer_types")
+    num_layers, types = count_layers(config), config.get("layer_types")
     if types is None:
         return tuple(LAYER_TYPES[is_sliding(index)] for index in range(num_layers))
     if not isinstance(types, list) or len(types) != num_layers or any(t not in LAYER_TYPES for t in types):

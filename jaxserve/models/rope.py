@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxserve.errors import ConfigError
-from jaxserve.models.config_fields import count, flag, one_of, positive, section
+from jaxserve.models.config_fields import MAX_COUNT, count, flag, one_of, positive, section
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ class LinearScaling(Scaling):
         return unscaled / np.float32(self.factor)
 
     def max_len(self, max_position_embeddings: int) -> int:
-        return int(max_position_embeddings * self.factor)
+        return int(min(max_position_embeddings * self.factor, MAX_COUNT + 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +87,7 @@ class DynamicScaling(Scaling):
         return self.factor * ratio_T - (self.factor - 1)
 
     def max_len(self, max_position_embeddings: int) -> int:
-        return int(max_position_embeddings * self.factor)
+        return int(min(max_position_embeddings * self.factor, MAX_COUNT + 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +178,7 @@ class YarnScaling(Scaling):
         return self.attention_factor
 
     def max_len(self, max_position_embeddings: int) -> int:
-        return max(max_position_embeddings, int(self.original_len * self.factor))
+        return max(max_position_embeddings, int(min(self.original_len * self.factor, MAX_COUNT + 1)))
 
 
 _UNSCALED = Scaling()
@@ -233,6 +233,11 @@ class Rope:
             raise ConfigError(f"config.json: rope_theta must be above 1, got {theta!r}.")
         named = {"rope_type": parameters.get("rope_type") or parameters.get("type")}
         kind = one_of(named, "rope_type", tuple(_SCALINGS), "default")
+        if kind == "default" and parameters.get("factor") not in (None, 1, 1.0):
+            raise ConfigError(
+                f"config.json: rope_scaling has factor {parameters['factor']!r} without a rope_type; it must be one of "
+                f"{', '.join(_SCALINGS)}."
+            )
         if head_dim % 2 or (kind == "dynamic" and head_dim == 2):
             raise ConfigError(
                 f"config.json: head_dim must be even for rotary positions, and above 2 for RoPE scaling dynamic, got {head_dim}."

@@ -57,7 +57,8 @@ def error_answer(error: Exception) -> tuple[int, dict[str, Any], Headers]:
     status = http_status(error)
     if isinstance(error, (HttpError, JsonError)):
         code = error.code if isinstance(error, HttpError) else "invalid_json"
-        return status, _body(shown(str(error)), "invalid_request_error", None, code), []
+        field = error.field if isinstance(error, JsonError) else None
+        return status, _body(shown(str(error)), "invalid_request_error", field and shown(field), code), []
     if isinstance(error, HTTPException):  # of the router
         headers = [(name.lower().encode(), value.encode()) for name, value in (error.headers or {}).items()]
         return status, _body(error.detail, "invalid_request_error", None, None), headers

@@ -22,6 +22,7 @@ def read(family, **fields):
         ("qwen2", {"use_sliding_window": False}, [None] * 4),
         ("qwen2", {"max_window_layers": 3}, [None, None, None, 24]),
         ("qwen2", {"max_window_layers": 0}, [24] * 4),
+        ("qwen2", {"sliding_window": None}, [None] * 4),
         ("qwen3", {"use_sliding_window": True, "sliding_window": 9, "max_window_layers": 2}, [None, None, 9, 9]),
         ("qwen3", {"layer_types": ["full_attention"] * 4}, [None] * 4),
         ("gemma", {}, [None] * 4),
@@ -68,6 +69,8 @@ def test_both_spellings_of_gemma_3s_rotary_positions():
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor must be absent or 1"),
         ({"rope_scaling": {"type": "longrope"}}, "one of default, linear, dynamic, llama3, yarn, got 'longrope'"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings must be true or false, got 'yes'"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers must be at most 4096, got 1000000000"),
+        ({"rope_scaling": {"factor": 4.0}}, "factor 4.0 without a rope_type; it must be one of default, linear"),
     ],
 )
 def test_what_every_family_refuses(family, fields, message):
@@ -83,6 +86,8 @@ def test_what_every_family_refuses(family, fields, message):
         ("mistral", {"attention_bias": True}, "attention_bias must be absent or false"),
         ("qwen3", {"attention_bias": "no"}, "attention_bias must be true or false, got 'no'"),
         ("llama", {"sliding_window": 8}, "sliding_window must be absent"),
+        ("llama", {"rope_scaling": {"type": "linear", "factor": 1e-3}}, "longest context 0 tokens"),
+        ("qwen2", {"rope_scaling": {"type": "dynamic", "factor": 1e308}}, r"longest context 2.15e\+09 tokens"),
         ("llama", {"rope_parameters": NESTED}, "by layer type belong to another family"),
         ("mistral", {"layer_types": ["full_attention"] * 4}, "layer_types must be absent"),
         ("mistral", {"sliding_window": 0}, "sliding_window must be a whole number of at least 1, got 0"),

@@ -124,6 +124,13 @@ def test_a_body_that_is_no_json_object_says_where(ask, body, message):
     assert message in error["message"]
 
 
+@pytest.mark.parametrize(("value", "field"), [("NaN", "temperature"), ("1e999", "top_p"), ("[1, [-Infinity]]", "stop")])
+def test_a_number_that_is_not_finite_names_its_field(ask, value, field):
+    status, error = ask(COMPLETIONS, b'{"prompt": "a", "%s": %s}' % (field.encode(), value.encode()))
+    assert (status, error["param"]) == (400, field)
+    assert error["message"].startswith(f"{field} has ")
+
+
 def test_64_levels_are_taken(ask):
     _, error = ask(COMPLETIONS, b'{"a": ' + b"[" * 62 + b"]" * 62 + b"}")
     assert error["param"] == "a"
