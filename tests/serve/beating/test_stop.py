@@ -73,6 +73,8 @@ def test_sigterm_lets_64_streams_finish_though_some_readers_stall(start_server, 
             await assert_not_serving(server)
             ends = await asyncio.gather(*map(beating.stream, calls))
             assert ends == [(beating.continuation(*request), grpc.StatusCode.OK) for request in asked]
+            # The server waits for the others to read, for as long as they may leave it unread, and goes.
+            await asyncio.to_thread(server.process.wait, 40)
             # Their status waits behind what they have not read; the second is for those whose server has gone meanwhile.
             expected = {grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNAVAILABLE}
             assert {await code_of(call) for call in stalled} <= expected
