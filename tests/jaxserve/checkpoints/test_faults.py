@@ -11,6 +11,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -319,6 +320,8 @@ def test_a_faulty_hugging_face_directory_is_one_error(fault, make_llama, destina
     _check(source, message, destination, parameters_of(original), abstract_of(original))
 
 
+# Where one of Orbax's reads fails, the others still answer an event loop that it has closed (orbax-checkpoint 0.12.8, 2026-11-25).
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("fault", ORBAX)
 def test_a_faulty_orbax_directory_is_one_error(fault, shared_orbax, destination, parameters_of, abstract_of):
     source = shutil.copytree(shared_orbax, destination.parent / "source")
@@ -333,6 +336,7 @@ def test_a_faulty_orbax_directory_is_one_error(fault, shared_orbax, destination,
         with pytest.raises(CheckpointError, match=message):
             load_parameters(source, parameters, abstract)
         assert _tree(destination.parent) == before
+        time.sleep(1)  # for the reads that are left, so that no other test hears of them
         return
     _check(source, message, destination, parameters_of(shared_orbax), abstract_of(shared_orbax))
 
