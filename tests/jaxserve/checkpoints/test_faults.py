@@ -320,7 +320,7 @@ def test_a_faulty_hugging_face_directory_is_one_error(fault, make_llama, destina
     _check(source, message, destination, parameters_of(original), abstract_of(original))
 
 
-# Where one of Orbax's reads fails, the others still answer an event loop that it has closed (orbax-checkpoint 0.12.8, 2026-11-25).
+# Where one of Orbax's reads fails, the others answer an event loop that it has closed (orbax-checkpoint 0.12.8, 2026-11-25).
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("fault", ORBAX)
 def test_a_faulty_orbax_directory_is_one_error(fault, shared_orbax, destination, parameters_of, abstract_of):
