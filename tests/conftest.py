@@ -37,7 +37,7 @@ BUDGETS_S = {
     "jaxserve/tokenization": 30.0,
     "kernels_pallas": 150.0,
     "repository": 30.0,
-    "serve": 80.0,
+    "serve": 120.0,
     "sharding": 45.0,
 }
 """What the tests below tests/<key> may take together on an idle machine [s]; the longest key counts. All: under 10 minutes."""

@@ -69,6 +69,6 @@ def test_an_expected_skip_and_an_expected_failure_are_fine(tmp_path):
 
 
 def test_a_package_over_its_budget_fails_the_run(tmp_path):
-    done = _run(tmp_path, "def test_it(): pass", **{'"serve": 80.0': '"serve": 0.0'})
+    done = _run(tmp_path, "def test_it(): pass", **{'"serve": 120.0': '"serve": 0.0'})
     assert "OVER BUDGET" in done.stdout
     assert done.returncode == 1
