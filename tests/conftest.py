@@ -36,7 +36,7 @@ BUDGETS_S = {
     "jaxserve/scheduling": 20.0,
     "jaxserve/tokenization": 30.0,
     "kernels_pallas": 150.0,
-    "repository": 30.0,
+    "repository": 45.0,
     "serve": 120.0,
     "sharding": 45.0,
 }
