@@ -92,13 +92,7 @@ def write_from(
             }
             (root / INDEX).write_text(json.dumps(index, indent=2) + "\n")
         write_files(root, config, files)
-        manifest.write(
-            root,
-            creator=manifest.creator(),
-            parameters={name: (spec.shape, spec.dtype.name) for name, spec in specs.items()},
-            num_bytes=sum(spec.num_bytes for spec in specs.values()),
-            name=manifest.HUGGINGFACE_NAME,
-        )
+        manifest.write_huggingface(root, specs)
     return held
 
 

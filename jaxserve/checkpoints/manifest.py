@@ -15,6 +15,7 @@ from typing import Any
 
 from jaxserve.checkpoints import digests, directory
 from jaxserve.checkpoints.digests import Digest
+from jaxserve.checkpoints.source import TensorSpec
 from jaxserve.errors import CheckpointError
 
 NAME = "manifest.json"
@@ -71,6 +72,18 @@ def write(
     partial.write_bytes(_render(manifest))
     partial.replace(root / name)
     return manifest
+
+
+def write_huggingface(root: Path, specs: Mapping[str, TensorSpec], files: Iterable[str] | None = None) -> None:
+    """Records a Hugging Face directory of these tensors; `files` as in `write`."""
+    write(
+        root,
+        creator=creator(),
+        parameters={name: (spec.shape, spec.dtype.name) for name, spec in specs.items()},
+        num_bytes=sum(spec.num_bytes for spec in specs.values()),
+        name=HUGGINGFACE_NAME,
+        files=files,
+    )
 
 
 def read(root: Path, name: str = NAME) -> Manifest:

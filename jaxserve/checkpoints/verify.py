@@ -91,14 +91,7 @@ def _open(root: Path, found: Format) -> ParameterSource:
 
 
 def _record(root: Path, specs: Mapping[str, TensorSpec]) -> str:
-    manifest.write(
-        root,
-        creator=manifest.creator(),
-        parameters={name: (spec.shape, spec.dtype.name) for name, spec in specs.items()},
-        num_bytes=sum(spec.num_bytes for spec in specs.values()),
-        name=manifest.HUGGINGFACE_NAME,
-        files=records.readable(root),
-    )
+    manifest.write_huggingface(root, specs, records.readable(root))
     return manifest.HUGGINGFACE_NAME
 
 

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import grpc
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from jaxserve.async_engine import AsyncEngine
 from jaxserve.config import ResolvedConfig
@@ -258,3 +259,21 @@ async def _until(condition, timeout_s=5.0):
 @pytest.fixture
 def until():
     return _until
+
+
+@pytest.fixture(scope="session")
+def samples():
+    """Reads a text of metrics as Prometheus does."""
+
+    def samples(text):
+        """{(name, other labels): value}; every sample has the model's name."""
+        found = {}
+        for family in text_string_to_metric_families(text):
+            assert family.documentation
+            for sample in family.samples:
+                labels = dict(sample.labels)
+                assert labels.pop("model_name") == "fake"
+                found[sample.name, *sorted(labels.items())] = sample.value
+        return found
+
+    return samples

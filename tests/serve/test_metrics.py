@@ -1,30 +1,19 @@
 """What a scrape says, parsed by Prometheus' own parser, against requests that are known."""
 
+import pytest
 from prometheus_client import generate_latest
-from prometheus_client.parser import text_string_to_metric_families
 
 from jaxserve.engine_client import EngineStats
 from jaxserve.outputs import RequestTimings
 from serve.metrics import ServiceMetrics
 
 
-def samples(text):
-    """{(name, other labels): value}; every sample has the model's name."""
-    found = {}
-    for family in text_string_to_metric_families(text):
-        assert family.documentation
-        for sample in family.samples:
-            labels = dict(sample.labels)
-            assert labels.pop("model_name") == "fake"
-            found[sample.name, *sorted(labels.items())] = sample.value
-    return found
+@pytest.fixture
+def rendered(samples):
+    return lambda metrics: samples(generate_latest(metrics.registry).decode())
 
 
-def rendered(metrics):
-    return samples(generate_latest(metrics.registry).decode())
-
-
-def test_gauges_and_counters_are_the_engines_own():
+def test_gauges_and_counters_are_the_engines_own(rendered):
     stats = EngineStats(
         num_running=3,
         num_waiting=2,
@@ -51,7 +40,7 @@ def test_gauges_and_counters_are_the_engines_own():
     assert found["jaxserve_compilations_since_ready",] == 1
 
 
-def test_times_are_the_requests_own():
+def test_times_are_the_requests_own(rendered):
     metrics = ServiceMetrics("fake", EngineStats)
     metrics.observe_first_token(0.0015)
     metrics.observe_inter_token(0.0008)

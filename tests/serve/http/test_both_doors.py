@@ -6,7 +6,6 @@ import re
 
 import grpc
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
 LINE = re.compile(
     r"request_id=(\S+) x_request_id=(\S+) endpoint=(\S+) status=(\S+) finish_reason=(\S+) prompt_tokens=(\d+) "
@@ -15,19 +14,7 @@ LINE = re.compile(
 CANARY = "canary prompt"
 
 
-def samples(text):
-    """{(name, other labels): value}; every sample has the model's name."""
-    found = {}
-    for family in text_string_to_metric_families(text):
-        assert family.documentation
-        for sample in family.samples:
-            labels = dict(sample.labels)
-            assert labels.pop("model_name") == "fake"
-            found[sample.name, *sorted(labels.items())] = sample.value
-    return found
-
-
-def test_both_doors_are_counted(with_both_doors, client, until):
+def test_both_doors_are_counted(with_both_doors, client, until, samples):
     """Known requests: 3 of 10 tokens, one refused, one left by its client, one that fails."""
 
     async def body(served):
