@@ -4,8 +4,9 @@ A `StepPlan` holds everything the runner needs, so a recorded stream of plans, r
 weights, gives the same bits (ADR 0003). Knows nothing of jax, requests' texts, or where pages come from.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,11 @@ class RowSampling(NamedTuple):
         temperature: 0 is greedy.
         top_k: 0 is off.
         key: the request's own random key, two 32-bit words.
+        repetition_penalty: 1 is off; the other two: 0.
+        logit_bias: (token id, number added to its logit).
+        allowed_token_ids: no others are sampled; None allows all.
+        logprob_token_ids: tokens whose log-probabilities are reported in place of the most likely ones.
+        processors: (name, parameters) of logits processors, in the order in which the engine registered them.
     """
 
     temperature: float
@@ -44,14 +50,31 @@ class RowSampling(NamedTuple):
     top_p: float
     min_p: float
     key: tuple[int, int]
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    allowed_token_ids: tuple[int, ...] | None = None
+    logprob_token_ids: tuple[int, ...] = ()
+    processors: tuple[tuple[str, tuple[float, ...]], ...] = ()
+
+    @property
+    def has_penalties(self) -> bool:
+        return (self.repetition_penalty, self.frequency_penalty, self.presence_penalty) != (1.0, 0.0, 0.0)
 
 
 class Admission(NamedTuple):
-    """A request takes a row."""
+    """A request takes a row.
+
+    Attributes:
+        prompt_token_ids, output_token_ids: all that is known of it, where penalties count them; empty elsewhere.
+    """
 
     row: int
     request_id: str
     sampling: RowSampling
+    prompt_token_ids: tuple[int, ...] = ()
+    output_token_ids: tuple[int, ...] = ()
 
 
 class PageUpdate(NamedTuple):
@@ -70,9 +93,15 @@ class SequencePlan(NamedTuple):
         token_ids: the tokens at these positions, as far as the host knows them; one shorter than num_tokens when the last
             one was sampled by the step before and is still on the device.
         samples: whether the token at position start + num_tokens is sampled in this step.
-        num_logprobs: most likely tokens to report besides the sampled one; -1 for no log-probabilities at all.
+        num_logprobs: most likely tokens to report besides the sampled one; None for no log-probabilities at all, -1 for those of
+            the whole vocabulary.
+        is_processed: report them as sampled from, not raw.
         forbidden: token ids that must not be sampled now (stop tokens before min_tokens).
         num_prompt_tokens: of the request, however much of it this step computes: some rotary positions depend on it.
+        has_constraint: its allowed tokens follow from the tokens before, so its token is sampled when those are known.
+        num_prompt_logprobs: like num_logprobs, of the prompt's tokens at positions [start + 1, ...]; None for none.
+        scored_token_ids: those tokens, one a position; shorter than num_tokens where the prompt ends.
+        pooling: "mean" or "last": what of the positions' hidden states is given back; None for nothing.
     """
 
     request_id: str
@@ -81,9 +110,14 @@ class SequencePlan(NamedTuple):
     num_tokens: int
     token_ids: tuple[int, ...]
     samples: bool
-    num_logprobs: int = -1
+    num_logprobs: int | None = None
+    is_processed: bool = False
     forbidden: tuple[int, ...] = ()
     num_prompt_tokens: int = 0
+    has_constraint: bool = False
+    num_prompt_logprobs: int | None = None
+    scored_token_ids: tuple[int, ...] = ()
+    pooling: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,28 +141,43 @@ class StepPlan:
         return sum(s.num_tokens for s in self.sequences)
 
 
-class SampledToken(NamedTuple):
-    """What the device says of one sampling sequence.
+class TokenScores(NamedTuple):
+    """What the device says of the probability of one token at one place.
 
     Attributes:
-        logprob: of the token, raw; None when not asked for, like the following two.
+        logprob: of the token.
         rank: 1 for the most likely.
-        top: the most likely tokens as (token id, logprob), best first.
+        top_ids, top_logprobs: the most likely tokens, best first, or those that were asked for; None beside `all_logprobs`.
+        top_ranks: of `top_ids`, where they are not 1, 2, 3, ...
+        all_logprobs: float32 [V], of the whole vocabulary.
     """
 
+    logprob: float
+    rank: int
+    top_ids: tuple[int, ...] = ()
+    top_logprobs: tuple[float, ...] = ()
+    top_ranks: tuple[int, ...] | None = None
+    all_logprobs: Any = None
+
+
+class SampledToken(NamedTuple):
+    """What the device says of one sampling sequence; scores None when not asked for."""
+
     token_id: int
-    logprob: float | None = None
-    rank: int | None = None
-    top: tuple[tuple[int, float], ...] = ()
+    scores: TokenScores | None = None
 
 
 class StepResult(NamedTuple):
-    """The tokens of one step, by request, read back from the device.
+    """What one step made, by request, read back from the device.
 
     Attributes:
         nonfinite: requests whose logits held NaN or infinity everywhere: their tokens mean nothing.
+        prompt_scores: of each of the plan's `scored_token_ids`.
+        pooled: float32 [D] of requests whose prompt is complete.
     """
 
     step: int
     tokens: dict[str, SampledToken]
     nonfinite: frozenset[str] = frozenset()
+    prompt_scores: Mapping[str, tuple[TokenScores, ...]] = {}
+    pooled: Mapping[str, Any] = {}
