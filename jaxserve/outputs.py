@@ -9,8 +9,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxserve.plan import TokenScores
-
 
 class Logprob(NamedTuple):
     """One token's log-probability, raw or processed as was asked for.
@@ -57,6 +55,25 @@ class AllLogprobs(Mapping[int, Logprob]):
     def __iter__(self) -> Iterator[int]:
         """Most likely first."""
         return iter(np.argsort(-self.logprobs_V, kind="stable").tolist())
+
+
+class TokenScores(NamedTuple):
+    """What the device says of the probability of one token at one place.
+
+    Attributes:
+        logprob: of the token.
+        rank: 1 for the most likely.
+        top_ids, top_logprobs: the most likely tokens, best first, or those that were asked for; None beside `all_logprobs`.
+        top_ranks: of `top_ids`, where they are not 1, 2, 3, ...
+        all_logprobs: float32 [V], of the whole vocabulary.
+    """
+
+    logprob: float
+    rank: int
+    top_ids: tuple[int, ...] = ()
+    top_logprobs: tuple[float, ...] = ()
+    top_ranks: tuple[int, ...] | None = None
+    all_logprobs: Any = None
 
 
 def token_logprobs(token_id: int, scores: TokenScores, text_of: TokenText) -> TokenLogprobs:

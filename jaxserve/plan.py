@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from jaxserve.outputs import TokenScores
+
 
 @dataclass(frozen=True, slots=True)
 class KVSpec:
@@ -139,25 +141,6 @@ class StepPlan:
     @property
     def num_tokens(self) -> int:
         return sum(s.num_tokens for s in self.sequences)
-
-
-class TokenScores(NamedTuple):
-    """What the device says of the probability of one token at one place.
-
-    Attributes:
-        logprob: of the token.
-        rank: 1 for the most likely.
-        top_ids, top_logprobs: the most likely tokens, best first, or those that were asked for; None beside `all_logprobs`.
-        top_ranks: of `top_ids`, where they are not 1, 2, 3, ...
-        all_logprobs: float32 [V], of the whole vocabulary.
-    """
-
-    logprob: float
-    rank: int
-    top_ids: tuple[int, ...] = ()
-    top_logprobs: tuple[float, ...] = ()
-    top_ranks: tuple[int, ...] | None = None
-    all_logprobs: Any = None
 
 
 class SampledToken(NamedTuple):
