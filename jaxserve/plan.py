@@ -150,6 +150,13 @@ class SampledToken(NamedTuple):
     scores: TokenScores | None = None
 
 
+class PromptScores(NamedTuple):
+    """Of the prompt's tokens at positions [start + 1, ...)."""
+
+    start: int
+    tokens: tuple[TokenScores, ...]
+
+
 class StepResult(NamedTuple):
     """What one step made, by request, read back from the device.
 
@@ -162,5 +169,5 @@ class StepResult(NamedTuple):
     step: int
     tokens: dict[str, SampledToken]
     nonfinite: frozenset[str] = frozenset()
-    prompt_scores: Mapping[str, tuple[TokenScores, ...]] = {}
+    prompt_scores: Mapping[str, PromptScores] = {}
     pooled: Mapping[str, Any] = {}

@@ -13,6 +13,7 @@ from math import ulp
 from numbers import Integral, Real
 from typing import Any
 
+from jaxserve.config import LOGPROBS_MODES
 from jaxserve.errors import InvalidRequestError
 
 GREEDY_BELOW = 1e-5
@@ -26,8 +27,6 @@ MAX_LOGIT_BIAS = 1024
 """Entries of one logit_bias: they stay on the device, beside the row."""
 
 MAX_LOGPROB_TOKEN_IDS = 128
-
-LOGPROBS_MODES = ("raw", "processed")
 
 
 class RequestOutputKind(Enum):
