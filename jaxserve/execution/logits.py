@@ -143,4 +143,4 @@ def _penalised(logits_SV: jax.Array, inputs: SamplingInputs, rows: Rows) -> jax.
     logits_SV = jnp.where(counts_SV > 0, repeated_SV, logits_SV)
     times_SV = (counts_SV >> 1).astype(jnp.float32)
     logits_SV = logits_SV - inputs.frequency_S[:, None] * times_SV
-    return logits_SV - inputs.presence_S[:, None] * (times_SV > 0)
+    return logits_SV - inputs.presence_S[:, None] * jnp.minimum(times_SV, 1.0)
