@@ -261,7 +261,7 @@ class Runner:
         sums_RD = None if handle.pooled is None else np.asarray(handle.pooled)
         for s in handle.pooling:
             assert sums_RD is not None
-            before = 0.0 if s.start == 0 else self._pooled[s.row]
+            before = 0.0 if s.start == 0 or s.pooling == "last" else self._pooled[s.row]
             self._pooled[s.row] = total = sums_RD[s.row].astype(np.float64) + before
             if s.samples:
                 num_positions = s.num_prompt_tokens if s.pooling == "mean" else 1

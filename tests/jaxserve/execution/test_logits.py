@@ -1,7 +1,4 @@
-"""Masks, bias, penalties, processors, temperature and truncation, in order, against a plain float64 recomputation.
-
-The reference is written from vLLM's documented order of operations, a row and a step at a time.
-"""
+"""Masks, bias, penalties, processors, temperature and truncation, in order, against a plain float64 recomputation."""
 
 import functools
 
@@ -13,7 +10,9 @@ import pytest
 from jaxserve.execution.logits import PROCESSED, RAW, LogitsProcessor, Rows, SamplingInputs
 from jaxserve.execution.row_state import RowState
 from jaxserve.execution.sampling import sample
-from jaxserve.request import MAX_LOGIT_BIAS, MAX_LOGPROB_TOKEN_IDS
+from jaxserve.request import MAX_LOGIT_BIAS, MAX_LOGPROB_TOKEN_IDS, SamplingParams
+from jaxserve.testing.oracle import log_softmax
+from jaxserve.testing.sampling_oracle import adjusted, truncated
 
 VOCAB, ROWS, MAX_LOGPROBS = 150, 12, 6
 ATOL = 2e-5
@@ -119,35 +118,20 @@ class Batch:
 
 def processed(logits, r):
     """What a row samples from: the reference."""
-    x = logits.astype(np.float64)
-    if r["allowed"] is not None:
-        x = np.where(np.isin(np.arange(VOCAB), r["allowed"]), x, -np.inf)
-    for token, value in r["bias"].items():
-        x[token] += value
-    counts = np.bincount(r["output"], minlength=VOCAB)
-    seen = np.isin(np.arange(VOCAB), r["prompt"]) | (counts > 0)
-    x = np.where(seen, np.where(x > 0, x / r["repetition"], x * r["repetition"]), x)
-    x = x - r["frequency"] * counts - r["presence"] * (counts > 0)
+    params = SamplingParams(
+        allowed_token_ids=r["allowed"],
+        logit_bias=r["bias"],
+        repetition_penalty=r["repetition"],
+        frequency_penalty=r["frequency"],
+        presence_penalty=r["presence"],
+        **{name: r[name] for name in ("temperature", "top_k", "top_p", "min_p")},
+    )
+    x = adjusted(logits, params, r["prompt"], r["output"])
     if r["scale"] is not None:
         x = x * r["scale"]
     if r["ban_every_third"]:
         x[(np.arange(VOCAB) + r["position"]) % 3 == 0] = -np.inf
-    if r["temperature"] == 0:
-        return x
-    x = x / r["temperature"]
-    if r["min_p"]:
-        x = np.where(x >= x.max() + np.log(r["min_p"]), x, -np.inf)
-    if r["top_k"]:
-        x = np.where(x >= np.sort(x)[-r["top_k"]], x, -np.inf)
-    order = np.argsort(-x, kind="stable")
-    share = np.cumsum(np.exp(log_softmax(x))[order])
-    kept = order[: int(np.searchsorted(share, r["top_p"])) + 1] if r["top_p"] < 1 else order
-    return np.where(np.isin(np.arange(VOCAB), kept), x, -np.inf)
-
-
-def log_softmax(x):
-    x = x.astype(np.float64) - x.max()
-    return x - np.log(np.exp(x).sum())
+    return truncated(x, params)
 
 
 @pytest.mark.parametrize("seed", range(8))
