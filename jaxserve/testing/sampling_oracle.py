@@ -6,6 +6,7 @@ Written from the documentation, without a look at `jaxserve.execution`; the rand
 from collections.abc import Iterable, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxserve.request import SamplingParams
@@ -54,7 +55,7 @@ def truncated(x: np.ndarray, sampling: SamplingParams) -> np.ndarray:
 
 def draw(x: np.ndarray, key: tuple[int, int], position: int) -> tuple[int, bool]:
     """Returns the token that the random number of a key and a position picks, and whether another is as close as rounding."""
-    folded = jax.random.fold_in(jax.random.wrap_key_data(np.array(key, np.uint32), impl="threefry2x32"), position)
+    folded = jax.random.fold_in(jax.random.wrap_key_data(jnp.array(key, jnp.uint32), impl="threefry2x32"), position)
     uniform = float(jax.random.uniform(folded, (), np.float32))
     share = np.cumsum(np.exp(log_softmax(x)))
     return int(np.sum(share <= uniform)), bool(np.min(np.abs(share - uniform)) < NEAR_BOUNDARY)
