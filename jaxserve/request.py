@@ -138,6 +138,8 @@ class Request:
         stop_token_ids: all tokens that end it: the model's end-of-sequence tokens, unless ignored, and its own.
         key: its random key, two 32-bit words; a function of its seed alone when it has one.
         priority: lower goes first.
+        peak_host_bytes: most of the host's memory that its answer may take before it ends, beside its tokens
+            (`RequestFactory` has the formula); it starts only when that is free.
         prompt: the text, where there was one.
     """
 
@@ -148,6 +150,7 @@ class Request:
     eos_token_ids: frozenset[int] = field(default_factory=frozenset)
     key: tuple[int, int] = (0, 0)
     priority: int = 0
+    peak_host_bytes: int = 0
     prompt: str | None = None
 
 
