@@ -28,6 +28,7 @@ from jaxserve.execution.memory import (
     check_fits,
     check_host_memory,
     free_device_bytes,
+    host_memory_bytes,
     num_pages_for,
     page_bytes,
 )
@@ -194,6 +195,7 @@ def resolve(
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_tokens,
+        long_prefill_token_threshold=_long_prefill_threshold(config, max_tokens, page_size),
         page_size=page_size,
         num_pages=num_pages,
         max_pages_per_seq=-(-max_model_len // page_size),
@@ -208,6 +210,7 @@ def resolve(
         max_cached_pages=max(-(-max_model_len // page_size), MIN_CACHED_PAGES) if config.enable_prefix_caching else 0,
         max_full_scores=num_scored_tokens(model.vocab_size, max_tokens),
         reads_prompt_len=model.reads_prompt_len,
+        max_host_bytes=config.max_host_bytes or host_memory_bytes() // 4,
         seed=config.seed,
         max_logprobs=min(config.max_logprobs, model.vocab_size),
         logprobs_mode=config.logprobs_mode,
@@ -252,6 +255,14 @@ def _attention_tiling(
                 "first that can."
             ) from refusal
     return tiling
+
+
+def _long_prefill_threshold(config: EngineConfig, max_tokens: int, page_size: int) -> int:
+    """Four long prompts share a step; a chunk of less than a page would only cost steps."""
+    asked = config.long_prefill_token_threshold
+    if asked is None:
+        return max(max_tokens // 4, min(page_size, max_tokens))
+    return min(asked or max_tokens, max_tokens)
 
 
 def _buckets(name: str, asked: tuple[int, ...] | None, low: int, high: int, defaults: PlatformDefaults) -> tuple[int, ...]:

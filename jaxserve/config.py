@@ -28,10 +28,14 @@ class EngineConfig:
         max_model_len: longest prompt plus output [tokens].
         max_num_seqs: most requests computed in one step.
         max_num_batched_tokens: most tokens computed in one step; longer prompts are chunked.
+        long_prefill_token_threshold: most tokens of one prompt in a step, as long as others can use the rest of it; None is a
+            quarter of max_num_batched_tokens, 0 no limit.
         page_size: tokens in a KV page.
         num_pages: pages in the KV pool; overrides both memory settings below.
         gpu_memory_utilization: share of a GPU's memory for weights, programs and KV pool together.
         kv_cache_memory_bytes: size of the KV pool; overrides gpu_memory_utilization.
+        max_host_bytes: most of the host's memory that the answers of all running requests may take (log-probabilities above
+            all); None is a quarter of the machine's.
         seed: of the engine; a request without its own seed draws from it.
         max_logprobs: largest `logprobs` a request may ask for.
         logprobs_mode: "raw" or "processed": what log-probabilities mean where a request does not say.
@@ -52,10 +56,12 @@ class EngineConfig:
     max_model_len: int | None = None
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
+    long_prefill_token_threshold: int | None = None
     page_size: int | None = None
     num_pages: int | None = None
     gpu_memory_utilization: float = 0.9
     kv_cache_memory_bytes: int | None = None
+    max_host_bytes: int | None = None
     seed: int = 0
     max_logprobs: int = 20
     logprobs_mode: str = "raw"
@@ -81,9 +87,12 @@ class EngineConfig:
             "page_size",
             "num_pages",
             "kv_cache_memory_bytes",
+            "max_host_bytes",
         ):
             if getattr(self, name) is not None or name == "tensor_parallel_size":
                 self._check_count(name, 1, 2**63 - 1, "a whole number of at least 1")
+        if self.long_prefill_token_threshold is not None:
+            self._check_count("long_prefill_token_threshold", 0, 2**63 - 1, "a whole number of at least 0")
         for name in ("token_buckets", "sequence_buckets"):
             self._check_buckets(name)
         self._check_count("seed", 0, 2**63 - 1, "a whole number in [0, 2**63)")
@@ -149,6 +158,7 @@ class ResolvedConfig:
     max_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int
+    long_prefill_token_threshold: int
     page_size: int
     num_pages: int
     max_pages_per_seq: int
@@ -160,6 +170,7 @@ class ResolvedConfig:
     max_cached_pages: int
     max_full_scores: int
     reads_prompt_len: bool
+    max_host_bytes: int
     seed: int
     max_logprobs: int
     logprobs_mode: str

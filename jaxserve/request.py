@@ -313,6 +313,8 @@ class Request:
         stop_token_ids: all tokens that end it: the model's end-of-sequence tokens, unless ignored, and its own.
         key: its random key, two 32-bit words; a function of its seed alone when it has one.
         priority: lower goes first.
+        peak_host_bytes: most of the host's memory that its answer may take before it ends, beside its tokens
+            (`RequestFactory` has the formula); it starts only when that is free.
         prompt: the text, where there was one.
         pooling: "last" or "mean": give back the prompt's embedding in place of a completion.
         constraint: what of its output is allowed beyond what `sampling` says; asked before each token.
@@ -325,6 +327,7 @@ class Request:
     eos_token_ids: frozenset[int] = field(default_factory=frozenset)
     key: tuple[int, int] = (0, 0)
     priority: int = 0
+    peak_host_bytes: int = 0
     prompt: str | None = None
     pooling: str | None = None
     constraint: Any = field(default=None, compare=False)

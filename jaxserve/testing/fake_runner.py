@@ -44,6 +44,7 @@ def toy_config(**changes: Any) -> ResolvedConfig:
         "seed": 0,
         "max_cached_pages": 0,
         "reads_prompt_len": False,
+        "max_host_bytes": 1 << 20,
         "max_logprobs": 5,
         "logprobs_mode": "raw",
         "logits_processors": (),
@@ -54,6 +55,7 @@ def toy_config(**changes: Any) -> ResolvedConfig:
     num_pages = values.setdefault("num_pages", 2 * max_pages)
     splits = -(-values["max_model_len"] // values["split_size"])
     max_tokens = values["max_num_batched_tokens"]
+    values.setdefault("long_prefill_token_threshold", max_tokens)
     derived = {
         "max_pages_per_seq": max_pages,
         "token_buckets": powers_of_two(min(4, max_tokens), max_tokens),
@@ -63,13 +65,20 @@ def toy_config(**changes: Any) -> ResolvedConfig:
     return ResolvedConfig(**(derived | values))
 
 
-def toy_request(request_id: str, prompt: Sequence[int] = (65,), *, priority: int = 0, **sampling: Any) -> Request:
+def toy_request(
+    request_id: str, prompt: Sequence[int] = (65,), *, priority: int = 0, peak_host_bytes: int = 0, **sampling: Any
+) -> Request:
     """Returns a validated request; what `SamplingParams` takes goes by its name."""
     fields: dict[str, Any] = {"temperature": 0.0} | sampling
     params = SamplingParams(**fields)
     stops = frozenset(params.stop_token_ids or ())
     return Request(
-        request_id=request_id, prompt_token_ids=tuple(prompt), sampling=params, stop_token_ids=stops, priority=priority
+        request_id=request_id,
+        prompt_token_ids=tuple(prompt),
+        sampling=params,
+        stop_token_ids=stops,
+        priority=priority,
+        peak_host_bytes=peak_host_bytes,
     )
 
 
