@@ -8,6 +8,7 @@ beside the formula, `RequestFactory.peak_host_bytes`.
 import argparse
 import asyncio
 import resource
+import sys
 import threading
 import time
 
@@ -104,19 +105,22 @@ async def soak(num_requests: int, prompt_len: int, budget: int) -> None:
                 if output.finished:
                     assert output.prompt_logprobs is not None
                     entries = output.prompt_logprobs
-                    assert len(entries) == prompt_len and len(entries[-1]) == VOCAB_SIZE
+                    assert (len(entries), len(entries[-1])) == (prompt_len, VOCAB_SIZE)
                     total = float(np.exp(np.asarray(entries[-1].logprobs_V, np.float64)).sum())
                     assert abs(total - 1) < 1e-3, total
 
         await asyncio.gather(*(one(i) for i in range(num_requests)))
         took = peak.stop() - at_rest
-        print(
-            f"{num_requests} prompts of {prompt_len} tokens, prompt_logprobs=-1 at {VOCAB_SIZE}: {time.monotonic() - started:.0f} s"
-        )
-        print(f"formula, one request  {formula / 2**20:8.0f} MiB")
-        print(f"budget                {budget / 2**20:8.0f} MiB")
-        print(f"resident, at most     {took / 2**20:8.0f} MiB over the idle engine")
-        print(f"resident, afterwards  {(resident_bytes() - at_rest) / 2**20:8.0f} MiB over the idle engine")
+        seconds = time.monotonic() - started
+        mib = {
+            "formula, one request": formula,
+            "budget": budget,
+            "resident over the idle engine, at most": took,
+            "resident over the idle engine, afterwards": resident_bytes() - at_rest,
+        }
+        lines = [f"{num_requests} prompts of {prompt_len} tokens, a vocabulary of {VOCAB_SIZE}, {seconds:.0f} s; MiB:"]
+        lines += [f"{name:42}{value / 2**20:8.0f}" for name, value in mib.items()]
+        sys.stdout.write("\n".join(lines) + "\n")
 
 
 def main() -> None:
