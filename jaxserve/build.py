@@ -28,12 +28,13 @@ from jaxserve.execution.memory import (
     check_fits,
     check_host_memory,
     free_device_bytes,
+    host_memory_bytes,
     num_pages_for,
     page_bytes,
 )
 from jaxserve.execution.row_state import row_state_bytes
 from jaxserve.execution.runner import Runner
-from jaxserve.model_source import ModelSource, find_model
+from jaxserve.model_source import ModelSource, find_model, sampling_defaults
 from jaxserve.models.attention import AttentionContext
 from jaxserve.models.linear import LinearContext
 from jaxserve.models.model import Model, ModelContext
@@ -117,6 +118,7 @@ def build(
     source = source or find_model(
         config.model, config.tokenizer, revision=config.revision, skip_tokenizer=config.skip_tokenizer_init
     )
+    defaults = sampling_defaults(source, config.generation_config)
     platform = _platform()
     model = _make_model(config, source, platform)
     mesh = make_mesh(_parallelism(config, model), _devices(config))
@@ -139,7 +141,7 @@ def build(
     ready = time.monotonic()
     return BuiltEngine(
         client=client,
-        requests=RequestFactory(resolved, source.tokenizer, source.eos_token_ids),
+        requests=RequestFactory(resolved, source.tokenizer, source.eos_token_ids, defaults=defaults),
         tokenizer=source.tokenizer,
         config=resolved,
         runner=runner,
@@ -213,6 +215,7 @@ def resolve(
         logprobs_mode=config.logprobs_mode,
         logits_processors=tuple((p.name, p.num_params) for p in processors),
         attention_backend=config.attention_backend,
+        max_host_bytes=config.max_host_bytes or host_memory_bytes() // 4,
     )
     return resolved, tiling
 

@@ -33,8 +33,11 @@ class EngineConfig:
         gpu_memory_utilization: share of a GPU's memory for weights, programs and KV pool together.
         kv_cache_memory_bytes: size of the KV pool; overrides gpu_memory_utilization.
         seed: of the engine; a request without its own seed draws from it.
-        max_logprobs: largest `logprobs` a request may ask for.
+        max_logprobs: largest `logprobs` a request may ask for; -1, the whole vocabulary, is served in any case.
         logprobs_mode: "raw" or "processed": what log-probabilities mean where a request does not say.
+        generation_config: where the sampling defaults come from: "auto" (the model's generation_config.json), "vllm" (none), or
+            a directory with such a file.
+        max_host_bytes: most memory of the host that the results of the running requests may take; None is a quarter of it.
         attention_backend: "auto", or the name of one implementation of paged attention.
         enable_prefix_caching: keep pages that nobody holds, until their room is needed, for prompts that begin alike.
         token_buckets: sizes of the mixed program [tokens]; fewer start faster, more pad less. The largest must be
@@ -59,6 +62,8 @@ class EngineConfig:
     seed: int = 0
     max_logprobs: int = 20
     logprobs_mode: str = "raw"
+    generation_config: str = "auto"
+    max_host_bytes: int | None = None
     attention_backend: str = "auto"
     enable_prefix_caching: bool = True
     token_buckets: tuple[int, ...] | None = None
@@ -67,7 +72,7 @@ class EngineConfig:
     revision: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("model", "tokenizer", "compilation_cache_dir", "revision"):
+        for name in ("model", "tokenizer", "compilation_cache_dir", "revision", "generation_config"):
             value = getattr(self, name)
             if isinstance(value, PathLike):
                 object.__setattr__(self, name, fspath(value))
@@ -81,6 +86,7 @@ class EngineConfig:
             "page_size",
             "num_pages",
             "kv_cache_memory_bytes",
+            "max_host_bytes",
         ):
             if getattr(self, name) is not None or name == "tensor_parallel_size":
                 self._check_count(name, 1, 2**63 - 1, "a whole number of at least 1")
@@ -90,6 +96,8 @@ class EngineConfig:
         self._check_count("max_logprobs", 0, 128, "a whole number in [0, 128]")
         if self.logprobs_mode not in LOGPROBS_MODES:
             raise ConfigError(f"logprobs_mode must be one of {', '.join(LOGPROBS_MODES)}, got {self.logprobs_mode!r}.")
+        if not isinstance(self.generation_config, str) or not self.generation_config:
+            raise ConfigError(f"generation_config must be auto, vllm or a directory, got {self.generation_config!r}.")
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}.")
         if not isinstance(self.attention_backend, str):
@@ -137,6 +145,7 @@ class ResolvedConfig:
         max_cached_pages: most pages that the prefix cache may give in one step; 0 without one.
         max_full_scores: most prompt tokens in one step that are scored over the whole vocabulary.
         logits_processors: name and number of parameters of each registered one, in order.
+        max_host_bytes: a request whose results could take more is refused; see `jaxserve.host_bytes`.
         reads_prompt_len: keys depend on the prompt's length (RoPE scaling "dynamic"): only prompts of one length share pages.
     """
 
@@ -165,3 +174,4 @@ class ResolvedConfig:
     logprobs_mode: str
     logits_processors: tuple[tuple[str, int], ...]
     attention_backend: str
+    max_host_bytes: int = 2**32
