@@ -34,7 +34,7 @@ from jaxserve.execution.memory import (
 )
 from jaxserve.execution.row_state import row_state_bytes
 from jaxserve.execution.runner import Runner
-from jaxserve.model_source import ModelSource, find_model
+from jaxserve.model_source import ModelSource, find_model, sampling_defaults
 from jaxserve.models.attention import AttentionContext
 from jaxserve.models.linear import LinearContext
 from jaxserve.models.model import Model, ModelContext
@@ -118,6 +118,7 @@ def build(
     source = source or find_model(
         config.model, config.tokenizer, revision=config.revision, skip_tokenizer=config.skip_tokenizer_init
     )
+    defaults = sampling_defaults(source, config.generation_config)
     platform = _platform()
     model = _make_model(config, source, platform)
     mesh = make_mesh(_parallelism(config, model), _devices(config))
@@ -140,7 +141,7 @@ def build(
     ready = time.monotonic()
     return BuiltEngine(
         client=client,
-        requests=RequestFactory(resolved, source.tokenizer, source.eos_token_ids),
+        requests=RequestFactory(resolved, source.tokenizer, source.eos_token_ids, defaults=defaults),
         tokenizer=source.tokenizer,
         config=resolved,
         runner=runner,

@@ -37,8 +37,10 @@ class EngineConfig:
         max_host_bytes: most of the host's memory that the answers of all running requests may take (log-probabilities above
             all); None is a quarter of the machine's.
         seed: of the engine; a request without its own seed draws from it.
-        max_logprobs: largest `logprobs` a request may ask for.
+        max_logprobs: largest `logprobs` a request may ask for; -1, the whole vocabulary, is served in any case.
         logprobs_mode: "raw" or "processed": what log-probabilities mean where a request does not say.
+        generation_config: where the sampling defaults come from: "auto" (the model's generation_config.json), "vllm" (none), or
+            a directory with such a file.
         attention_backend: "auto", or the name of one implementation of paged attention.
         enable_prefix_caching: keep pages that nobody holds, until their room is needed, for prompts that begin alike.
         token_buckets: sizes of the mixed program [tokens]; fewer start faster, more pad less. The largest must be
@@ -65,6 +67,7 @@ class EngineConfig:
     seed: int = 0
     max_logprobs: int = 20
     logprobs_mode: str = "raw"
+    generation_config: str = "auto"
     attention_backend: str = "auto"
     enable_prefix_caching: bool = True
     token_buckets: tuple[int, ...] | None = None
@@ -73,7 +76,7 @@ class EngineConfig:
     revision: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("model", "tokenizer", "compilation_cache_dir", "revision"):
+        for name in ("model", "tokenizer", "compilation_cache_dir", "revision", "generation_config"):
             value = getattr(self, name)
             if isinstance(value, PathLike):
                 object.__setattr__(self, name, fspath(value))
@@ -99,6 +102,8 @@ class EngineConfig:
         self._check_count("max_logprobs", 0, 128, "a whole number in [0, 128]")
         if self.logprobs_mode not in LOGPROBS_MODES:
             raise ConfigError(f"logprobs_mode must be one of {', '.join(LOGPROBS_MODES)}, got {self.logprobs_mode!r}.")
+        if not isinstance(self.generation_config, str) or not self.generation_config:
+            raise ConfigError(f"generation_config must be auto, vllm or a directory, got {self.generation_config!r}.")
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}.")
         if not isinstance(self.attention_backend, str):
@@ -146,6 +151,7 @@ class ResolvedConfig:
         max_cached_pages: most pages that the prefix cache may give in one step; 0 without one.
         max_full_scores: most prompt tokens in one step that are scored over the whole vocabulary.
         logits_processors: name and number of parameters of each registered one, in order.
+        max_host_bytes: a request whose results could take more is refused; see `jaxserve.host_bytes`.
         reads_prompt_len: keys depend on the prompt's length (RoPE scaling "dynamic"): only prompts of one length share pages.
     """
 

@@ -3,9 +3,9 @@
 Plain data; knows nothing of how a token was made.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar, overload
 
 import numpy as np
 
@@ -26,6 +26,8 @@ class Logprob(NamedTuple):
 
 TokenLogprobs = Mapping[int, Logprob]
 """At one place of a text, by token id."""
+
+Pooled = TypeVar("Pooled")
 
 TokenText = Callable[[int], str | None]
 
@@ -55,6 +57,56 @@ class AllLogprobs(Mapping[int, Logprob]):
     def __iter__(self) -> Iterator[int]:
         """Most likely first."""
         return iter(np.argsort(-self.logprobs_V, kind="stable").tolist())
+
+
+@dataclass(slots=True)
+class FlatLogprobs(Sequence[TokenLogprobs | None]):
+    """The log-probabilities of many places in columns; reads like a list of dicts. Columns as in vLLM.
+
+    Place i has the entries [start_indices[i], end_indices[i]) of the other columns, best known first; a place without any,
+    such as a prompt's first, reads as None.
+    """
+
+    start_indices: list[int] = field(default_factory=list)
+    end_indices: list[int] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    ranks: list[int] = field(default_factory=list)
+    decoded_tokens: list[str | None] = field(default_factory=list)
+
+    def append(self, entries: TokenLogprobs | None) -> None:
+        """Adds one place."""
+        self.start_indices.append(len(self.token_ids))
+        for token_id, entry in (entries or {}).items():
+            self.token_ids.append(token_id)
+            self.logprobs.append(entry.logprob)
+            self.ranks.append(entry.rank)
+            self.decoded_tokens.append(entry.decoded_token)
+        self.end_indices.append(len(self.token_ids))
+
+    def extend(self, places: Iterable[TokenLogprobs | None]) -> None:
+        for entries in places:
+            self.append(entries)
+
+    def __len__(self) -> int:
+        return len(self.start_indices)
+
+    @overload
+    def __getitem__(self, place: int) -> TokenLogprobs | None: ...
+    @overload
+    def __getitem__(self, place: slice) -> "FlatLogprobs": ...
+
+    def __getitem__(self, place: int | slice) -> "TokenLogprobs | FlatLogprobs | None":
+        if isinstance(place, slice):
+            part = FlatLogprobs()
+            part.extend(self[i] for i in range(*place.indices(len(self))))
+            return part
+        entries = range(self.start_indices[place], self.end_indices[place])
+        return {self.token_ids[i]: Logprob(self.logprobs[i], self.ranks[i], self.decoded_tokens[i]) for i in entries} or None
+
+
+Logprobs = list[TokenLogprobs] | FlatLogprobs
+PromptLogprobs = list[TokenLogprobs | None] | FlatLogprobs
 
 
 class TokenScores(NamedTuple):
@@ -149,23 +201,68 @@ class CompletionOutput:
     text: str
     token_ids: list[int]
     cumulative_logprob: float | None = None
-    logprobs: list[TokenLogprobs] | None = None
+    logprobs: Logprobs | None = None
     finish_reason: str | None = None
     stop_reason: str | int | None = None
+
+    def finished(self) -> bool:
+        return self.finish_reason is not None
 
 
 @dataclass(slots=True)
 class RequestOutput:
-    """The whole result of one prompt; fields as in vLLM.
+    """The result of one prompt, whole or so far; fields as in vLLM.
 
     Attributes:
+        prompt_logprobs: one `{token id: Logprob}` a prompt token, None for the first one; None when not asked for.
         num_cached_tokens: prompt tokens whose KV came from the prefix cache.
     """
 
     request_id: str
     prompt: str | None
     prompt_token_ids: list[int]
+    prompt_logprobs: PromptLogprobs | None = None
     outputs: list[CompletionOutput] = field(default_factory=list)
     finished: bool = False
-    num_cached_tokens: int = 0
     metrics: RequestTimings | None = None
+    num_cached_tokens: int = 0
+
+
+@dataclass(slots=True)
+class PoolingOutput:
+    """What pooling left of the prompt's hidden states: float32 [D]."""
+
+    data: np.ndarray
+
+
+@dataclass(slots=True)
+class EmbeddingOutput:
+    """A vector of length one."""
+
+    embedding: list[float]
+
+    @property
+    def hidden_size(self) -> int:
+        return len(self.embedding)
+
+
+@dataclass(slots=True)
+class ScoringOutput:
+    """How alike two texts are: the cosine of their embeddings' angle, in [-1, 1]."""
+
+    score: float
+
+
+@dataclass(slots=True)
+class PoolingRequestOutput(Generic[Pooled]):
+    """The result of a prompt that asked for no completion; fields as in vLLM."""
+
+    request_id: str
+    outputs: Pooled
+    prompt_token_ids: list[int]
+    finished: bool = True
+    num_cached_tokens: int = 0
+
+
+EmbeddingRequestOutput = PoolingRequestOutput[EmbeddingOutput]
+ScoringRequestOutput = PoolingRequestOutput[ScoringOutput]

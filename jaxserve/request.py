@@ -28,6 +28,11 @@ MAX_LOGIT_BIAS = 1024
 
 MAX_LOGPROB_TOKEN_IDS = 128
 
+MAX_N = 2**14
+
+MAX_REPETITION_TOKENS = 2**13
+"""max_pattern_size * min_count of one repetition_detection: what each new token may cost the host to look at [tokens]."""
+
 
 class RequestOutputKind(Enum):
     """What each output of a stream holds: all so far, what is new, or one output at the end."""
@@ -60,6 +65,12 @@ class RepetitionDetection:
                 "repetition_detection.min_pattern_size",
                 self.min_pattern_size,
                 f"at most max_pattern_size ({self.max_pattern_size})",
+            )
+        if self.max_pattern_size * self.min_count > MAX_REPETITION_TOKENS:
+            raise InvalidRequestError(
+                "repetition_detection.max_pattern_size",
+                self.max_pattern_size,
+                f"at most {MAX_REPETITION_TOKENS} / min_count ({MAX_REPETITION_TOKENS // self.min_count} tokens)",
             )
 
 
@@ -98,7 +109,7 @@ class SamplingParams:
     """How to continue a prompt.
 
     Attributes:
-        n: completions a prompt. With a seed, completion i has the seed + i.
+        n: completions a prompt, at most 16384. With a seed, completion i has the seed + i.
         presence_penalty: subtracted from the logit of each token that the output holds, once.
         frequency_penalty: subtracted as often as the output holds the token.
         repetition_penalty: divides positive logits and multiplies negative ones of tokens in prompt or output.
@@ -115,7 +126,7 @@ class SamplingParams:
         logprobs: k most likely tokens to report besides the chosen one; 0 for the chosen one alone, -1 for the whole vocabulary,
             None for nothing.
         prompt_logprobs: the same for each prompt token after the first; always raw.
-        logprob_token_ids: report these tokens' log-probabilities, in place of the most likely ones.
+        logprob_token_ids: report these tokens' log-probabilities, in place of the most likely ones, whatever logprobs says.
         logprobs_mode: "raw" (before masks, penalties and temperature) or "processed" (what was sampled from); None takes the
             engine's.
         flat_logprobs: log-probabilities in columns (`FlatLogprobs`) in place of a dict a token.
@@ -129,6 +140,7 @@ class SamplingParams:
         extra_args: parameters of logits processors by name: {"name": [numbers]}.
         skip_reading_prefix_cache: compute the whole prompt; None decides by prompt_logprobs, which need it.
         repetition_detection: ends an output that repeats itself.
+        thinking_token_budget: most tokens of reasoning; -1 or None is no limit. Needs an engine that knows how reasoning ends.
 
     Raises:
         InvalidRequestError: names the field, what was given and what is allowed.
@@ -159,17 +171,20 @@ class SamplingParams:
     spaces_between_special_tokens: bool = True
     include_stop_str_in_output: bool = False
     truncate_prompt_tokens: int | None = None
-    structured_outputs: Any = None
-    logit_bias: Mapping[int, float] | None = None
+    structured_outputs: Any = field(default=None, hash=False)
+    logit_bias: Mapping[int, float] | None = field(default=None, hash=False)
     allowed_token_ids: Sequence[int] | None = None
     bad_words: Sequence[str] | None = None
-    extra_args: Mapping[str, Sequence[float]] | None = None
+    extra_args: Mapping[str, Sequence[float]] | None = field(default=None, hash=False)
     skip_reading_prefix_cache: bool | None = None
     repetition_detection: RepetitionDetection | None = None
+    thinking_token_budget: int | None = None
 
     def __post_init__(self) -> None:
         put = partial(object.__setattr__, self)  # what is put is a plain int, float or tuple, whatever was given
-        put("n", whole_number("n", self.n, 1, bits=14))
+        put("n", whole_number("n", self.n, 1))
+        if self.n > MAX_N:
+            raise InvalidRequestError("n", self.n, f"at most {MAX_N}")
         for name in ("presence_penalty", "frequency_penalty"):
             put(name, _number(name, getattr(self, name), -2.0, 2.0, "in [-2, 2]"))
         low = ulp(0.0)
@@ -189,16 +204,13 @@ class SamplingParams:
         put("min_tokens", whole_number("min_tokens", self.min_tokens, 0))
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise InvalidRequestError("min_tokens", self.min_tokens, f"at most max_tokens ({self.max_tokens})")
-        for name in ("logprobs", "prompt_logprobs"):
+        for name, meaning in _OR_MINUS_ONE.items():
             if getattr(self, name) is not None:
-                put(
-                    name, whole_number(name, getattr(self, name), ALL_LOGPROBS, note=" (-1 is the whole vocabulary) or None")
-                )
-        if self.truncate_prompt_tokens is not None:
-            note = " (-1 keeps what fits) or None"
-            put("truncate_prompt_tokens", whole_number("truncate_prompt_tokens", self.truncate_prompt_tokens, -1, note=note))
-            if self.truncate_prompt_tokens == 0:
-                raise InvalidRequestError("truncate_prompt_tokens", 0, "-1 or at least 1")
+                put(name, whole_number(name, getattr(self, name), -1, note=f" (-1 {meaning}) or None"))
+        if self.truncate_prompt_tokens == 0:
+            raise InvalidRequestError("truncate_prompt_tokens", 0, "-1 or at least 1")
+        if self.thinking_token_budget == -1:
+            put("thinking_token_budget", None)
         for name in _FLAGS:
             if not isinstance(getattr(self, name), bool):
                 raise InvalidRequestError(name, getattr(self, name), "True or False")
@@ -228,10 +240,10 @@ class SamplingParams:
         words = (None,) if isinstance(self.bad_words, str) else _listed("bad_words", self.bad_words, strings)
         if any(not isinstance(w, str) or not w for w in words):
             raise InvalidRequestError("bad_words", self.bad_words, strings)
-        put("bad_words", words)
+        put("bad_words", tuple(dict.fromkeys(words)))
 
     def _put_token_ids(self, put: Callable[[str, Any], None]) -> None:
-        put("stop_token_ids", _token_ids("stop_token_ids", self.stop_token_ids) or ())
+        put("stop_token_ids", tuple(dict.fromkeys(_token_ids("stop_token_ids", self.stop_token_ids) or ())))
         allowed = _token_ids("allowed_token_ids", self.allowed_token_ids)
         if allowed == ():
             raise InvalidRequestError("allowed_token_ids", self.allowed_token_ids, "not empty, or None for every token")
@@ -242,7 +254,7 @@ class SamplingParams:
                 "logprob_token_ids", f"{len(picked)} token ids", f"1 to {MAX_LOGPROB_TOKEN_IDS} token ids, or None"
             )
         put("logprob_token_ids", picked)
-        if picked is not None and self.logprobs is None:
+        if picked is not None:
             put("logprobs", 0)
         put("logit_bias", _logit_bias(self.logit_bias))
         put("extra_args", _extra_args(self.extra_args))
@@ -294,12 +306,13 @@ def _extra_args(value: Any) -> dict[str, tuple[float, ...]] | None:
     allowed = "a mapping from the name of a logits processor to a list of numbers"
     if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
         raise InvalidRequestError("extra_args", value, allowed)
+    numbers = "a list of numbers"
     return {
         name: tuple(
-            _number(f"extra_args.{name}", x, -math.inf, math.inf, "a list of numbers")
-            for x in _listed(name, numbers, allowed)
+            _number(f"extra_args.{name}", x, -math.inf, math.inf, numbers)
+            for x in _listed(f"extra_args.{name}", listed, numbers)
         )
-        for name, numbers in value.items()
+        for name, listed in value.items()
     } or None
 
 
@@ -332,6 +345,13 @@ class Request:
     pooling: str | None = None
     constraint: Any = field(default=None, compare=False)
 
+
+_OR_MINUS_ONE = {
+    "logprobs": "is the whole vocabulary",
+    "prompt_logprobs": "is the whole vocabulary",
+    "truncate_prompt_tokens": "keeps what fits",
+    "thinking_token_budget": "is no limit",
+}
 
 _FLAGS = (
     "ignore_eos",
