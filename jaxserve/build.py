@@ -43,6 +43,7 @@ from jaxserve.models.weights import check_complete
 from jaxserve.plan import kv_groups
 from jaxserve.request_factory import RequestFactory
 from jaxserve.scheduling.scheduler import Scheduler
+from jaxserve.structured.compiler import GrammarCompiler
 from jaxserve.tokenization.tokenizer import Tokenizer
 from kernels_pallas.paged_attention.api import IMPLEMENTATIONS, check_supported
 from kernels_pallas.paged_attention.tiling import Tiling, default_tiling
@@ -141,7 +142,13 @@ def build(
     ready = time.monotonic()
     return BuiltEngine(
         client=client,
-        requests=RequestFactory(resolved, source.tokenizer, source.eos_token_ids, defaults=defaults),
+        requests=RequestFactory(
+            resolved,
+            source.tokenizer,
+            source.eos_token_ids,
+            defaults=defaults,
+            compiler=GrammarCompiler(source.tokenizer, resolved.vocab_size, source.eos_token_ids),
+        ),
         tokenizer=source.tokenizer,
         config=resolved,
         runner=runner,

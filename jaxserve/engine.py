@@ -17,6 +17,7 @@ from jaxserve.outputs import RequestTimings, TokenDelta, TokenLogprobs, token_lo
 from jaxserve.plan import PromptScores, StepPlan, StepResult
 from jaxserve.request import Request
 from jaxserve.scheduling.scheduler import Committed, Scheduler
+from jaxserve.structured.constraint import TokenConstraint
 from jaxserve.tokenization.detokenizer import TextStream
 from jaxserve.tokenization.tokenizer import Tokenizer
 
@@ -38,7 +39,7 @@ class _Stream:
     request: Request
     text: TextStream | None
     timings: RequestTimings
-    constraint: Any = None
+    constraint: TokenConstraint | None = None
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     num_generated: int = 0
     num_cached_tokens: int = 0
@@ -160,8 +161,6 @@ class Engine:
             words = np.full(num_words, 0xFFFFFFFF, np.uint32)
             try:
                 stream.constraint.restrict(words)
-                if not words.any():
-                    raise ConstraintError(f"No token is allowed next for request {s.request_id}.")
             except ConstraintError as error:
                 self._scheduler.finish(s.request_id)
                 failures.append(self._last_delta(stream, [], None, "error", None, error))
@@ -181,8 +180,7 @@ class Engine:
     def _delta(self, committed: Committed, result: StepResult) -> TokenDelta:
         stream = self._streams[committed.request_id]
         if committed.is_nonfinite:
-            error = JaxserveError(f"The model gave no finite logits for request {committed.request_id}.")
-            return self._last_delta(stream, [], None, "error", None, error)
+            return self._last_delta(stream, [], None, "error", None, _without_logits(stream.request))
         token = committed.token
         if token is None:
             last = self._last_delta(stream, [], None, committed.finish_reason or "stop", None)
@@ -284,3 +282,10 @@ class Engine:
 
     def request_ids(self) -> Sequence[str]:
         return tuple(self._streams)
+
+
+def _without_logits(request: Request) -> JaxserveError:
+    """Why there was no token to sample."""
+    if request.constraint is not None:
+        return ConstraintError("no token is left: what the grammar demands next, another field of the request forbids.")
+    return JaxserveError(f"The model gave no finite logits for request {request.request_id}.")

@@ -6,8 +6,8 @@
     │   └── UnknownModelError                no family is registered for this config.json
     ├── CheckpointError (ValueError)         files that are missing, damaged, or not what they claim
     │   └── ModelNotFoundError               neither a directory nor a Hub id that can be resolved here
+    ├── ConstraintError                      a running request cannot go on within the form that it asked for
     ├── OverloadedError                      no room now: try again after `retry_after_s`
-    ├── ConstraintError                      an output that cannot go on as its grammar asks
     ├── DrainingError                        the engine takes no new requests; it is shutting down
     ├── EngineDeadError                      the engine thread ended with an error; its cause is chained
     └── IntegrityError                       the engine's own books do not balance: a bug, never the user's doing
@@ -58,6 +58,18 @@ class ModelNotFoundError(CheckpointError):
     """A model name that is neither a directory nor a Hub id that can be resolved from here."""
 
 
+class ConstraintError(JaxserveError):
+    """A running request cannot go on within the form that it asked for (`structured_outputs`, `bad_words`).
+
+    Attributes:
+        parameter: the field that asked for it.
+    """
+
+    def __init__(self, message: str, parameter: str = "structured_outputs"):
+        self.parameter = parameter
+        super().__init__(f"{parameter}: {message}")
+
+
 class OverloadedError(JaxserveError):
     """No room at the moment.
 
@@ -68,10 +80,6 @@ class OverloadedError(JaxserveError):
     def __init__(self, message: str, retry_after_s: float = 1.0):
         self.retry_after_s = retry_after_s
         super().__init__(message)
-
-
-class ConstraintError(JaxserveError):
-    """An output that cannot go on as its grammar asks: a limit was reached, or no token is allowed."""
 
 
 class DrainingError(JaxserveError):

@@ -9,26 +9,21 @@ import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from numbers import Integral
-from typing import Any, Protocol
+from typing import Any
 
 from jaxserve.config import ResolvedConfig
-from jaxserve.constraints import AllOf, Constraint
 from jaxserve.errors import InvalidRequestError
 from jaxserve.host_bytes import peak_host_bytes
 from jaxserve.request import Request, SamplingParams, whole_number
 from jaxserve.sampling_limits import check_can_go_on, check_sampling
+from jaxserve.structured.all_of import AllOf
+from jaxserve.structured.bad_words import BadWords
+from jaxserve.structured.compiler import GrammarCompiler
+from jaxserve.structured.constraint import CompiledConstraint
 from jaxserve.tokenization.bad_words import word_sequences
 from jaxserve.tokenization.tokenizer import Tokenizer
 
 POOLINGS = ("last", "mean")
-
-
-class GrammarCompiler(Protocol):
-    """What the factory asks of `jaxserve.structured`."""
-
-    def compile(self, spec: Any) -> Constraint:
-        """Returns the constraint of `SamplingParams.structured_outputs`; InvalidRequestError where it is none."""
-        ...
 
 
 class RequestFactory:
@@ -160,7 +155,7 @@ class RequestFactory:
             peak_host_bytes=self._peak_host_bytes(len(request.prompt_token_ids), own),
         )
 
-    def _constraint(self, sampling: SamplingParams) -> Constraint | None:
+    def _constraint(self, sampling: SamplingParams) -> CompiledConstraint | None:
         constraints = []
         if sampling.structured_outputs is not None:
             if self._compiler is None:
@@ -174,9 +169,7 @@ class RequestFactory:
             return None
         return constraints[0] if len(constraints) == 1 else AllOf(tuple(constraints))
 
-    def _bad_words(self, words: Sequence[str], tokenizer: Tokenizer) -> Constraint:
-        from jaxserve.structured.bad_words import BadWords
-
+    def _bad_words(self, words: Sequence[str], tokenizer: Tokenizer) -> CompiledConstraint:
         sequences = word_sequences(words, tokenizer)
         for token_id in itertools.chain(*sequences):
             if token_id >= self._config.vocab_size:
