@@ -30,6 +30,7 @@ from jaxserve.execution.batch import (
     unpack_step_inputs,
 )
 from jaxserve.execution.buckets import BackboneBucket, Ladder
+from jaxserve.execution.program_cache import ProgramCache
 from jaxserve.execution.sampling import Sampled
 from jaxserve.execution.state import DeviceState, abstract_state, make_state, state_specs
 from jaxserve.models.attention import AttentionContext
@@ -77,10 +78,11 @@ class Runner:
         mesh: Mesh,
         ctx: ModelContext,
         attention: AttentionContext,
+        cache: ProgramCache | None = None,
     ):
         self.config = config
         self._params = params
-        self._programs = ProgramFactory(model, params, config, mesh, ctx, attention)
+        self._programs = ProgramFactory(model, params, config, mesh, ctx, attention, cache)
         self._ladder = Ladder(config)
         self._rows = RowTable(config.max_num_seqs)
         self._state = make_state(self._programs.state)
@@ -193,7 +195,7 @@ def _with_logprobs(details: tuple[np.ndarray, ...], token: int, index: int, num_
 
 
 class ProgramFactory:
-    """Lowers and compiles the programs of one engine, each from shapes alone."""
+    """Loads, or lowers and compiles, the programs of one engine, each from shapes alone."""
 
     def __init__(
         self,
@@ -203,7 +205,9 @@ class ProgramFactory:
         mesh: Mesh,
         ctx: ModelContext,
         attention: AttentionContext,
+        cache: ProgramCache | None = None,
     ):
+        self._cache = cache or ProgramCache()
         self._model, self._config, self._mesh, self._ctx, self._attention = model, config, mesh, ctx, attention
         self._ladder = Ladder(config)
         self._num_groups = len(kv_groups(model.kv_specs()))
@@ -217,12 +221,16 @@ class ProgramFactory:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=self.replicated)
 
     def _compile(self, function: Callable[..., Any], in_specs: Any, out_specs: Any, arguments: Any) -> Any:
-        sharded = jax.shard_map(function, mesh=self._mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
-        # The state is given back by donation; outputs keep the shardings of the specs, so the next step takes them as they are.
-        shardings = jax.tree.map(
-            lambda spec: NamedSharding(self._mesh, spec), out_specs, is_leaf=lambda x: isinstance(x, PartitionSpec)
-        )
-        return jax.jit(sharded, donate_argnums=(1,), out_shardings=shardings).lower(*arguments).compile()
+        def compile_program() -> Any:
+            sharded = jax.shard_map(function, mesh=self._mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+            # The state is given back by donation; outputs keep the shardings of the specs, so that the next step takes them as
+            # they are.
+            shardings = jax.tree.map(
+                lambda spec: NamedSharding(self._mesh, spec), out_specs, is_leaf=lambda x: isinstance(x, PartitionSpec)
+            )
+            return jax.jit(sharded, donate_argnums=(1,), out_shardings=shardings).lower(*arguments).compile()
+
+        return self._cache.load_or_compile(compile_program, function, in_specs, out_specs, arguments)
 
     def backbone(self, bucket: BackboneBucket) -> _Program:
         layout = backbone_layout(self._ladder, bucket, self._num_groups)
