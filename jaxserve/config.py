@@ -10,6 +10,8 @@ from os import PathLike, fspath
 
 from jaxserve.errors import ConfigError
 
+LOGPROBS_MODES = ("raw", "processed")
+
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -32,6 +34,7 @@ class EngineConfig:
         kv_cache_memory_bytes: size of the KV pool; overrides gpu_memory_utilization.
         seed: of the engine; a request without its own seed draws from it.
         max_logprobs: largest `logprobs` a request may ask for.
+        logprobs_mode: "raw" or "processed": what log-probabilities mean where a request does not say.
         attention_backend: "auto", or the name of one implementation of paged attention.
         enable_prefix_caching: keep pages that nobody holds, until their room is needed, for prompts that begin alike.
         token_buckets: sizes of the mixed program [tokens]; fewer start faster, more pad less. The largest must be
@@ -55,6 +58,7 @@ class EngineConfig:
     kv_cache_memory_bytes: int | None = None
     seed: int = 0
     max_logprobs: int = 20
+    logprobs_mode: str = "raw"
     attention_backend: str = "auto"
     enable_prefix_caching: bool = True
     token_buckets: tuple[int, ...] | None = None
@@ -84,6 +88,8 @@ class EngineConfig:
             self._check_buckets(name)
         self._check_count("seed", 0, 2**63 - 1, "a whole number in [0, 2**63)")
         self._check_count("max_logprobs", 0, 128, "a whole number in [0, 128]")
+        if self.logprobs_mode not in LOGPROBS_MODES:
+            raise ConfigError(f"logprobs_mode must be one of {', '.join(LOGPROBS_MODES)}, got {self.logprobs_mode!r}.")
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}.")
         if not isinstance(self.attention_backend, str):
@@ -129,6 +135,8 @@ class ResolvedConfig:
         query_tile: query tokens of one prefill tile.
         max_decode_items: most decode work items in one step.
         max_cached_pages: most pages that the prefix cache may give in one step; 0 without one.
+        max_full_scores: most prompt tokens in one step that are scored over the whole vocabulary.
+        logits_processors: name and number of parameters of each registered one, in order.
         reads_prompt_len: keys depend on the prompt's length (RoPE scaling "dynamic"): only prompts of one length share pages.
     """
 
@@ -150,7 +158,10 @@ class ResolvedConfig:
     query_tile: int
     max_decode_items: int
     max_cached_pages: int
+    max_full_scores: int
     reads_prompt_len: bool
     seed: int
     max_logprobs: int
+    logprobs_mode: str
+    logits_processors: tuple[tuple[str, int], ...]
     attention_backend: str

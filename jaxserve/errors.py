@@ -7,6 +7,7 @@
     ├── CheckpointError (ValueError)         files that are missing, damaged, or not what they claim
     │   └── ModelNotFoundError               neither a directory nor a Hub id that can be resolved here
     ├── OverloadedError                      no room now: try again after `retry_after_s`
+    ├── ConstraintError                      an output that cannot go on as its grammar asks
     ├── DrainingError                        the engine takes no new requests; it is shutting down
     ├── EngineDeadError                      the engine thread ended with an error; its cause is chained
     └── IntegrityError                       the engine's own books do not balance: a bug, never the user's doing
@@ -67,6 +68,10 @@ class OverloadedError(JaxserveError):
     def __init__(self, message: str, retry_after_s: float = 1.0):
         self.retry_after_s = retry_after_s
         super().__init__(message)
+
+
+class ConstraintError(JaxserveError):
+    """An output that cannot go on as its grammar asks: a limit was reached, or no token is allowed."""
 
 
 class DrainingError(JaxserveError):

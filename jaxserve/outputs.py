@@ -3,12 +3,15 @@
 Plain data; knows nothing of how a token was made.
 """
 
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
 
 
 class Logprob(NamedTuple):
-    """One token's log-probability under the raw distribution, before temperature and truncation.
+    """One token's log-probability, raw or processed as was asked for.
 
     Attributes:
         logprob: natural logarithm of the probability.
@@ -21,7 +24,68 @@ class Logprob(NamedTuple):
     decoded_token: str | None
 
 
-TokenLogprobs = dict[int, Logprob]
+TokenLogprobs = Mapping[int, Logprob]
+"""At one place of a text, by token id."""
+
+TokenText = Callable[[int], str | None]
+
+
+class AllLogprobs(Mapping[int, Logprob]):
+    """The whole vocabulary's log-probabilities at one place; an array that reads like a dict.
+
+    Attributes:
+        logprobs_V: float32, indexed by token id.
+    """
+
+    __slots__ = ("_text_of", "logprobs_V")
+
+    def __init__(self, logprobs_V: np.ndarray, text_of: TokenText):
+        self.logprobs_V = logprobs_V
+        self._text_of = text_of
+
+    def __getitem__(self, token_id: int) -> Logprob:
+        if not 0 <= token_id < len(self.logprobs_V):
+            raise KeyError(token_id)
+        logprob = self.logprobs_V[token_id]
+        return Logprob(float(logprob), 1 + int(np.count_nonzero(self.logprobs_V > logprob)), self._text_of(token_id))
+
+    def __len__(self) -> int:
+        return len(self.logprobs_V)
+
+    def __iter__(self) -> Iterator[int]:
+        """Most likely first."""
+        return iter(np.argsort(-self.logprobs_V, kind="stable").tolist())
+
+
+class TokenScores(NamedTuple):
+    """What the device says of the probability of one token at one place.
+
+    Attributes:
+        logprob: of the token.
+        rank: 1 for the most likely.
+        top_ids, top_logprobs: the most likely tokens, best first, or those that were asked for; None beside `all_logprobs`.
+        top_ranks: of `top_ids`, where they are not 1, 2, 3, ...
+        all_logprobs: float32 [V], of the whole vocabulary.
+    """
+
+    logprob: float
+    rank: int
+    top_ids: tuple[int, ...] = ()
+    top_logprobs: tuple[float, ...] = ()
+    top_ranks: tuple[int, ...] | None = None
+    all_logprobs: Any = None
+
+
+def token_logprobs(token_id: int, scores: TokenScores, text_of: TokenText) -> TokenLogprobs:
+    """Returns the token itself first, then the most likely ones or those asked for; one that is both stands once."""
+    if scores.all_logprobs is not None:
+        return AllLogprobs(scores.all_logprobs, text_of)
+    entry = {token_id: Logprob(scores.logprob, scores.rank, text_of(token_id))}
+    ranks = scores.top_ranks or range(1, len(scores.top_ids) + 1)
+    for other, logprob, rank in zip(scores.top_ids, scores.top_logprobs, ranks, strict=True):
+        if other not in entry:
+            entry[other] = Logprob(logprob, rank, text_of(other))
+    return entry
 
 
 @dataclass(slots=True)
@@ -49,10 +113,12 @@ class TokenDelta:
         text: new text; may be empty while a character or a possible stop string is incomplete.
         token_ids: new tokens; may be empty in the last delta.
         logprobs: an entry a token of token_ids, when asked for.
-        finish_reason: "stop", "length", "abort" or "error".
+        finish_reason: "stop", "length", "repetition", "abort" or "error".
         stop_reason: the stop string or stop token id that ended it; None for the end-of-sequence token.
         error: the exception, when finish_reason is "error".
         made_s: when its token was read back [s, time.monotonic]; None without one.
+        prompt_logprobs: an entry a token of the prompt, the first None; once, in the first delta, when asked for.
+        pooled: float32 [D], the last delta of a request for an embedding.
     """
 
     request_id: str
@@ -66,6 +132,8 @@ class TokenDelta:
     timings: RequestTimings | None = None
     error: Exception | None = None
     made_s: float | None = None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    pooled: Any = None
 
 
 @dataclass(slots=True)

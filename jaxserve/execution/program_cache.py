@@ -39,14 +39,14 @@ class ProgramCache:
     Args:
         directory: where the entries are; made if it is not there, and not used if others can write to it. None keeps nothing.
         devices: on which the programs run, in the mesh's order.
-        model: what the programs are of. One that has no `trace_key`, or is of a class from outside, keeps nothing.
+        ingredients: what most programs depend on, the model for instance. One that cannot be in a key keeps nothing.
 
     Attributes:
         num_loaded, num_compiled: programs so far.
         reasons: why programs were compiled that might have been kept.
     """
 
-    def __init__(self, directory: str | Path | None = None, devices: Iterable[jax.Device] = (), model: Any = None):
+    def __init__(self, directory: str | Path | None = None, devices: Iterable[jax.Device] = (), ingredients: Any = None):
         self.num_loaded = self.num_compiled = 0
         self.reasons: set[str] = set()
         self._devices = tuple(devices)
@@ -55,7 +55,7 @@ class ProgramCache:
         if directory is None:
             return
         try:
-            program_key.describe(model)
+            program_key.describe(ingredients)
             self._process = program_key.describe_process(self._devices)
             self._directory = _private(Path(directory))
         except (UnknownDependency, OSError) as error:

@@ -181,6 +181,9 @@ class Decoder:
             x_TD = layer(x_TD, angles, cache, ctx)
         return x_TD
 
+    def final_norm(self, params: ServedParams, hidden_TD: jax.Array) -> jax.Array:
+        return self._module(params).norm(hidden_TD)
+
     def logits(self, params: ServedParams, hidden_SD: jax.Array, ctx: ModelContext) -> jax.Array:
         c, module = self.config, self._module(params)
         weight = module.embedding if c.is_tied else module.lm_head

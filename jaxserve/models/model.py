@@ -99,6 +99,10 @@ class Model(Protocol):
         """Returns hidden states [T, D], before the final norm; updates the cache's pages."""
         ...
 
+    def final_norm(self, params: ServedParams, hidden_TD: jax.Array) -> jax.Array:
+        """Returns what `logits` projects: the hidden states that embeddings are made of."""
+        ...
+
     def logits(self, params: ServedParams, hidden_SD: jax.Array, ctx: ModelContext) -> jax.Array:
         """Returns this device's slice of the logits, float32 [S, padded V / devices]; padding is -inf."""
         ...

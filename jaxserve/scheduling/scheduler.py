@@ -30,12 +30,13 @@ class Committed(NamedTuple):
     """One token that was added to a sequence.
 
     Attributes:
+        token: None at the end of a request for an embedding.
         finish_reason: set when it was the last; the sequence's pages are free already.
         stop_reason: the stop token id, unless it was the model's end-of-sequence token.
     """
 
     request_id: str
-    token: SampledToken
+    token: SampledToken | None
     finish_reason: str | None = None
     stop_reason: int | None = None
     is_nonfinite: bool = False
@@ -48,6 +49,7 @@ class _Budget:
         self.tokens = config.max_num_batched_tokens
         self.decode_items = config.max_decode_items
         self.cached_pages = config.max_cached_pages
+        self.full_scores = config.max_full_scores
 
 
 class Scheduler:
@@ -126,7 +128,7 @@ class Scheduler:
             return None
         # one-token sequences first: decode rows lie together in the batch
         ordered = sorted(takes.items(), key=lambda item: item[1] > 1)
-        admissions = [Admission(s.row, s.request_id, _row_sampling(s.request)) for s, _ in ordered if s.is_new_to_row]  # type: ignore[arg-type]
+        admissions = [_admission(s) for s, _ in ordered if s.is_new_to_row]
         updates: list[PageUpdate] = []
         for sequence, take in ordered:
             self._tell_pages(sequence, take, updates)
@@ -195,7 +197,7 @@ class Scheduler:
 
     def _lookup(self, sequence: Sequence) -> list[list[int]]:
         """Returns the pages, by group, that hold the sequence's first tokens already; at least its last token is computed."""
-        if not self.caches:
+        if not self.caches or not sequence.reads_prefix_cache:
             return [[] for _ in self.pools]
         keys = self._page_keys(sequence)
         found = [cache.lookup(keys[: (sequence.num_known - 1) // self.config.page_size]) for cache in self.caches]
@@ -259,6 +261,8 @@ class Scheduler:
     def _take(self, sequence: Sequence, budget: _Budget, num_left: int = 0) -> int:
         """Returns how many tokens the budget less num_left allows; a lone token costs work items, a chunk does not."""
         take = min(sequence.num_to_compute, budget.tokens - num_left)
+        if sequence.num_full_scores:
+            take = min(take, budget.full_scores)
         if take == 1 and self._decode_items(sequence) > budget.decode_items:
             return 0
         return take
@@ -268,6 +272,7 @@ class Scheduler:
 
     def _grant(self, sequence: Sequence, take: int, budget: _Budget, takes: dict[Sequence, int]) -> None:
         budget.tokens -= take
+        budget.full_scores -= min(take, sequence.num_full_scores)
         if take == 1:
             budget.decode_items -= self._decode_items(sequence)
         takes[sequence] = take
@@ -308,9 +313,11 @@ class Scheduler:
         sequence.num_computed = stop
         sequence.num_in_flight += samples
         sequence.is_new_to_row = False
-        sampling = sequence.request.sampling
+        request, sampling = sequence.request, sequence.request.sampling
         num_generated = stop - sequence.num_prompt_tokens
         is_stop_forbidden = samples and num_generated < sampling.min_tokens
+        wants_prompt = sampling.prompt_logprobs is not None and sequence.num_generated == 0
+        scored = request.prompt_token_ids[start + 1 : stop + 1] if wants_prompt else ()
         return SequencePlan(
             request_id=sequence.request_id,
             row=sequence.row,
@@ -318,9 +325,14 @@ class Scheduler:
             num_tokens=take,
             token_ids=tuple(sequence.token_ids[start:stop]),
             samples=samples,
-            num_logprobs=-1 if sampling.logprobs is None else sampling.logprobs,
-            forbidden=tuple(sorted(sequence.request.stop_token_ids)) if is_stop_forbidden else (),
+            num_logprobs=sampling.logprobs,
+            is_processed=(sampling.logprobs_mode or self.config.logprobs_mode) == "processed",
+            forbidden=tuple(sorted(request.stop_token_ids)) if is_stop_forbidden else (),
             num_prompt_tokens=sequence.num_prompt_tokens,
+            has_constraint=samples and request.constraint is not None,
+            num_prompt_logprobs=sampling.prompt_logprobs if scored else None,
+            scored_token_ids=scored,
+            pooling=request.pooling,
         )
 
     # --- commit -----------------------------------------------------------------------------------------------------
@@ -332,8 +344,12 @@ class Scheduler:
             request_id = sequence.request_id
             if self._sequences.get(request_id) is not sequence:
                 continue  # ended meanwhile; the id may even belong to another request by now
-            token = result.tokens[request_id]
             sequence.num_in_flight -= 1
+            if sequence.request.pooling is not None:
+                self.finish(request_id)
+                committed.append(Committed(request_id, None, "stop"))
+                continue
+            token = result.tokens[request_id]
             if request_id in result.nonfinite:
                 for cache, pages in zip(self.caches, sequence.pages, strict=False):
                     cache.evict(pages)  # what made the logits so may stand in them
@@ -398,7 +414,24 @@ def _leave(line: list[Sequence], sequence: Sequence) -> None:
     del line[bisect_left(line, sequence.order, key=_order)]
 
 
-def _row_sampling(request: Request) -> RowSampling:
-    sampling = request.sampling
-    temperature = 0.0 if sampling.is_greedy else sampling.temperature
-    return RowSampling(temperature, max(sampling.top_k, 0), sampling.top_p, sampling.min_p, request.key)
+def _admission(sequence: Sequence) -> Admission:
+    """Returns what the runner has to know of a sequence that has taken a row."""
+    assert sequence.row is not None
+    sampling = sequence.request.sampling
+    row_sampling = RowSampling(
+        temperature=0.0 if sampling.is_greedy else sampling.temperature,
+        top_k=max(sampling.top_k, 0),
+        top_p=sampling.top_p,
+        min_p=sampling.min_p,
+        key=sequence.request.key,
+        repetition_penalty=sampling.repetition_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        presence_penalty=sampling.presence_penalty,
+        logit_bias=tuple(sorted((sampling.logit_bias or {}).items())),
+        allowed_token_ids=sampling.allowed_token_ids,  # type: ignore[arg-type]
+        logprob_token_ids=tuple(sampling.logprob_token_ids or ()),
+        processors=tuple((sampling.extra_args or {}).items()),  # type: ignore[arg-type]
+    )
+    num_prompt = sequence.num_prompt_tokens
+    counted = tuple(sequence.token_ids) if row_sampling.has_penalties else ()
+    return Admission(sequence.row, sequence.request_id, row_sampling, counted[:num_prompt], counted[num_prompt:])

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from jaxserve.request import Request
+from jaxserve.request import ALL_LOGPROBS, Request
 
 
 @dataclass(slots=True, eq=False)
@@ -69,3 +69,15 @@ class Sequence:
         """
         total = len(self.token_ids) + self.num_in_flight
         return 0 if total >= self.max_total_len else total - self.num_computed
+
+    @property
+    def num_full_scores(self) -> int:
+        """Prompt tokens that are still to be scored over the whole vocabulary."""
+        if self.request.sampling.prompt_logprobs != ALL_LOGPROBS or self.num_generated:
+            return 0
+        return max(0, self.num_prompt_tokens - 1 - self.num_computed)
+
+    @property
+    def reads_prefix_cache(self) -> bool:
+        """Whether cached pages may stand for the beginning of it; what is said of each position needs each computed."""
+        return self.request.sampling.reads_prefix_cache and self.request.pooling != "mean"

@@ -637,4 +637,4 @@ def test_logprobs_are_asked_for_by_sequence():
     for name, logprobs in (("none", None), ("chosen", 0), ("three", 3)):
         steps.add(name, PROMPT[:2], logprobs=logprobs)
     steps.plan()
-    assert [s.num_logprobs for s in steps.last_plan.sequences] == [-1, 0, 3]
+    assert [s.num_logprobs for s in steps.last_plan.sequences] == [None, 0, 3]
