@@ -32,6 +32,7 @@ from jaxserve.execution.memory import (
     num_pages_for,
     page_bytes,
 )
+from jaxserve.execution.program_cache import ProgramCache
 from jaxserve.execution.row_state import row_state_bytes
 from jaxserve.execution.runner import Runner
 from jaxserve.model_source import ModelSource, find_model, sampling_defaults
@@ -115,7 +116,6 @@ def build(
     started = time.monotonic()
     _skip_the_search_for_accelerators()
     compilations = process_counter()
-    _use_compilation_cache(config.compilation_cache_dir)
     source = source or find_model(
         config.model, config.tokenizer, revision=config.revision, skip_tokenizer=config.skip_tokenizer_init
     )
@@ -123,6 +123,7 @@ def build(
     platform = _platform()
     model = _make_model(config, source, platform)
     mesh = make_mesh(_parallelism(config, model), _devices(config))
+    cache = _program_cache(config.compilation_cache_dir, mesh, (model, tuple(processors)))
     params = _load(model, source, mesh)
     loaded = time.monotonic()
     resolved, tiling = resolve(config, source, model, platform, mesh, processors)
@@ -134,6 +135,7 @@ def build(
         ModelContext(LinearContext(platform), _parallelism(config, model)),
         AttentionContext(tiling, config.attention_backend),
         processors,
+        cache,
     )
     with _ProgressLine(show_progress) as progress:
         runner.warmup(progress.update, num_threads=max(2, min(8, os.cpu_count() or 2)))
@@ -379,16 +381,18 @@ def _place(leaf: Any, target: jax.ShapeDtypeStruct) -> jax.Array:
     return jax.device_put(np.asarray(leaf).astype(target.dtype), target.sharding)
 
 
-def _use_compilation_cache(directory: str | None) -> None:
-    """Turns on XLA's persistent cache, for programs of any size; one that is configured already is left alone."""
-    if directory == "" or getattr(jax.config, "jax_compilation_cache_dir", None):
-        return
-    if directory is None:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        directory = str(base / "jaxserve" / "xla")
-    jax.config.update("jax_compilation_cache_dir", directory)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+def _program_cache(directory: str | None, mesh: Mesh, ingredients: Any) -> ProgramCache:
+    """Returns where compiled programs are kept; what it cannot keep goes into XLA's persistent cache, which traces first."""
+    root = Path(directory or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxserve")
+    configured = getattr(jax.config, "jax_compilation_cache_dir", None) or str(root / "xla")
+    if directory == "" or (directory is None and configured != str(root / "xla")):
+        return ProgramCache()
+    cache = ProgramCache(root / "programs", mesh.devices.flat, ingredients)
+    if not cache.is_on and configured == str(root / "xla"):
+        jax.config.update("jax_compilation_cache_dir", configured)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    return cache
 
 
 class _ProgressLine:

@@ -1,4 +1,4 @@
-"""The programs of one engine, lowered and compiled from shapes alone: each with its ring of input buffers."""
+"""The programs of one engine, loaded or compiled from shapes alone: each with its ring of input buffers."""
 
 import functools
 from collections import deque
@@ -15,6 +15,7 @@ from jaxserve.execution import row_state, step
 from jaxserve.execution.batch import Field, PackedLayout, backbone_layout, unpack_step_inputs
 from jaxserve.execution.buckets import BackboneBucket, Ladder
 from jaxserve.execution.logits import LogitsProcessor
+from jaxserve.execution.program_cache import ProgramCache
 from jaxserve.execution.row_state import RowState, abstract_row_state, row_state_specs
 from jaxserve.execution.row_table import admission_layout, head_layout, unpack_admission, unpack_sampling_inputs
 from jaxserve.execution.sampling import Sampled
@@ -73,6 +74,7 @@ class ProgramFactory:
 
     Args:
         processors: in the order of config.logits_processors.
+        cache: where compiled programs are kept; None keeps none.
     """
 
     def __init__(
@@ -84,7 +86,9 @@ class ProgramFactory:
         ctx: ModelContext,
         attention: AttentionContext,
         processors: Sequence[LogitsProcessor] = (),
+        cache: ProgramCache | None = None,
     ):
+        self._cache = cache or ProgramCache()
         self._model, self._config, self._mesh, self._ctx, self._attention = model, config, mesh, ctx, attention
         self._processors = tuple(processors)
         self._ladder = Ladder(config)
@@ -105,12 +109,16 @@ class ProgramFactory:
     def _compile(
         self, function: Callable[..., Any], in_specs: Any, out_specs: Any, arguments: Any, *, donates: tuple[int, ...] = ()
     ) -> Any:
-        sharded = jax.shard_map(function, mesh=self._mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
-        # The state is given back by donation; outputs keep the shardings of the specs, so the next step takes them as they are.
-        shardings = jax.tree.map(
-            lambda spec: NamedSharding(self._mesh, spec), out_specs, is_leaf=lambda x: isinstance(x, PartitionSpec)
-        )
-        return jax.jit(sharded, donate_argnums=donates, out_shardings=shardings).lower(*arguments).compile()
+        def compile_program() -> Any:
+            sharded = jax.shard_map(function, mesh=self._mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+            # The state is given back by donation; outputs keep the shardings of the specs, so that the next step takes them as
+            # they are.
+            shardings = jax.tree.map(
+                lambda spec: NamedSharding(self._mesh, spec), out_specs, is_leaf=lambda x: isinstance(x, PartitionSpec)
+            )
+            return jax.jit(sharded, donate_argnums=donates, out_shardings=shardings).lower(*arguments).compile()
+
+        return self._cache.load_or_compile(compile_program, function, in_specs, out_specs, arguments, donates)
 
     def backbone(self, bucket: BackboneBucket) -> Program:
         layout = backbone_layout(self._ladder, bucket, self._num_groups)

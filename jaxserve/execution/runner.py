@@ -18,6 +18,7 @@ from jaxserve.config import ResolvedConfig
 from jaxserve.execution.batch import pack_backbone
 from jaxserve.execution.buckets import BackboneBucket, Ladder
 from jaxserve.execution.logits import LogitsProcessor
+from jaxserve.execution.program_cache import ProgramCache
 from jaxserve.execution.programs import Program, ProgramFactory
 from jaxserve.execution.results import read_scores, sampled_tokens
 from jaxserve.execution.row_table import RowTable, admission_parts
@@ -68,10 +69,11 @@ class Runner:
         ctx: ModelContext,
         attention: AttentionContext,
         processors: Sequence[LogitsProcessor] = (),
+        cache: ProgramCache | None = None,
     ):
         self.config = config
         self._params = params
-        self._factory = ProgramFactory(model, params, config, mesh, ctx, attention, processors)
+        self._factory = ProgramFactory(model, params, config, mesh, ctx, attention, processors, cache)
         self._ladder = Ladder(config)
         self._rows = RowTable(config)
         self._state = make_state(self._factory.state)

@@ -124,6 +124,10 @@ class Decoder:
         return any(rope.scaling.reads_prompt_len for rope in self.config.ropes)
 
     @property
+    def trace_key(self) -> Any:
+        return self.config, self.parallel, self.dtype
+
+    @property
     def vocab_size(self) -> int:
         return self.config.vocab_size
 

@@ -72,6 +72,11 @@ class Model(Protocol):
         """Whether keys depend on the prompt's length, so that only prompts of one length may share pages."""
         ...
 
+    @property
+    def trace_key(self) -> Any:
+        """All that the traced methods depend on besides the class, so that compiled programs may be kept."""
+        ...
+
     def parameters(self) -> tuple[Parameter, ...]:
         """Returns every tensor of the canonical tree."""
         ...

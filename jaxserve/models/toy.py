@@ -53,7 +53,7 @@ class Toy:
     reads_prompt_len = False
 
     def __init__(self, parallel: TensorParallelism):
-        self.parallel = parallel
+        self.parallel = self.trace_key = parallel
 
     @classmethod
     def from_huggingface(cls, config: Mapping[str, Any], size: int, dtype: Any) -> "Toy":
