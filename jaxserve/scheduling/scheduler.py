@@ -17,6 +17,7 @@ from jaxserve.request import Request
 from jaxserve.scheduling.admission import admit
 from jaxserve.scheduling.budget import Budget
 from jaxserve.scheduling.holdings import Holdings
+from jaxserve.scheduling.repetition import is_repeating
 from jaxserve.scheduling.sequence import Sequence, in_order
 
 
@@ -284,7 +285,12 @@ def _finish_reason(sequence: Sequence, token_id: int) -> tuple[str | None, int |
     if token_id in request.stop_token_ids and num_known >= sequence.min_total_len:
         is_eos = token_id in request.eos_token_ids and not request.sampling.ignore_eos
         return "stop", None if is_eos else token_id
-    return ("length" if num_known >= sequence.max_total_len else None), None
+    if num_known >= sequence.max_total_len:
+        return "length", None
+    detection = request.sampling.repetition_detection
+    if detection is None or num_known < sequence.min_total_len:
+        return None, None
+    return ("repetition" if is_repeating(sequence.token_ids, sequence.num_prompt_tokens, detection) else None), None
 
 
 def _with_what_is_read(plan: SequencePlan, sequence: Sequence) -> SequencePlan:

@@ -5,6 +5,7 @@ import pytest
 from jaxserve.errors import IntegrityError
 from jaxserve.models import toy
 from jaxserve.plan import PageUpdate, SampledToken, StepResult
+from jaxserve.request import RepetitionDetection
 from jaxserve.scheduling import admission
 from jaxserve.scheduling.scheduler import Scheduler
 from jaxserve.testing.fake_runner import FakeRunner, expected, toy_config, toy_request
@@ -638,3 +639,14 @@ def test_logprobs_are_asked_for_by_sequence():
         steps.add(name, PROMPT[:2], logprobs=logprobs)
     steps.plan()
     assert [s.num_logprobs for s in steps.last_plan.sequences] == [None, 0, 3]
+
+
+def test_an_output_that_repeats_itself_ends():
+    """Not before min_tokens; the pattern may be as long as was asked for."""
+    detection = RepetitionDetection(max_pattern_size=2, min_count=3)
+    for min_tokens, length in ((0, 6), (9, 9)):
+        steps = Steps(toy_config(), next_token=lambda context: 65 + len(context) % 2)
+        steps.add("a", max_tokens=20, min_tokens=min_tokens, repetition_detection=detection)
+        steps.run()
+        assert len(steps.tokens["a"]) == length
+        assert steps.ends["a"] == ("repetition", None)
