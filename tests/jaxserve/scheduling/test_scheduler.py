@@ -645,7 +645,7 @@ def test_an_output_that_repeats_itself_ends():
     """Not before min_tokens; the pattern may be as long as was asked for."""
     detection = RepetitionDetection(max_pattern_size=2, min_count=3)
     for min_tokens, length in ((0, 6), (9, 9)):
-        steps = Steps(toy_config(), next_token=lambda context: 65 + len(context) % 2)
+        steps = Steps(next_token=lambda context: 65 + len(context) % 2)
         steps.add("a", max_tokens=20, min_tokens=min_tokens, repetition_detection=detection)
         steps.run()
         assert len(steps.tokens["a"]) == length
