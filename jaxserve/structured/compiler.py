@@ -96,6 +96,7 @@ class GrammarCompiler:
             eos_token_ids: what ends a request.
             limits: None takes the defaults.
         """
+        self.vocab_size = vocab_size
         self._limits = limits or GrammarLimits()
         self._unavailable = _unavailable(tokenizer, vocab_size, eos_token_ids)
         if tokenizer is not None and not self._unavailable:
@@ -129,10 +130,7 @@ class GrammarCompiler:
         raise outcome
 
     def _check_size(self, field: str, params: StructuredOutputsParams) -> None:
-        texts = [params.whitespace_pattern or ""]
-        source = getattr(params, params.kind)
-        texts += [source] if isinstance(source, str) else source if isinstance(source, tuple) else []
-        size = sum(len(text.encode()) + 4 for text in texts)
+        size = len(_source(params).encode()) + len((params.whitespace_pattern or "").encode())
         if size > self._limits.max_source_bytes:
             limit = self._limits.max_source_bytes
             raise InvalidRequestError(field, f"{size} bytes", f"at most {limit} bytes long", "Shorten it.")
@@ -268,9 +266,13 @@ def _cost(params: StructuredOutputsParams, outcome: CompiledGrammar | GrammarErr
     """An estimate of what is kept [bytes]: measured at 10 to 300 times the text, on top of some tables."""
     if isinstance(outcome, GrammarError):
         return 4096
+    return (512 << 10) + 256 * len(_source(params))
+
+
+def _source(params: StructuredOutputsParams) -> str:
+    """What is to be compiled, as one text."""
     source = getattr(params, params.kind)
-    size = len(source) if isinstance(source, str) else sum(map(len, source)) if isinstance(source, tuple) else 0
-    return (512 << 10) + 256 * size
+    return " | ".join(source) if isinstance(source, tuple) else source if isinstance(source, str) else ""
 
 
 def _judgement(kind: str, reason: str) -> tuple[str, str]:

@@ -14,8 +14,10 @@ from jaxserve.structured.all_of import AllOf
 from jaxserve.structured.bad_words import BadWords
 from jaxserve.structured.compiler import GrammarCompiler, GrammarLimits
 from jaxserve.structured_outputs import StructuredOutputsParams
+from jaxserve.testing.constrained_sampler import PROMPT
 from jaxserve.tokenization.ascii_tokenizer import AsciiTokenizer
-from tests.jaxserve.structured.conftest import NUM_PADDING, PATIENT, PROMPT, Sampler
+from jaxserve.tokenization.piece_tokenizer import PieceTokenizer
+from jaxserve.tokenization.pieces import Spelling
 
 SCHEMAS = {
     "flat": {
@@ -45,15 +47,25 @@ SCHEMAS = {
         "allOf": [
             {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]},
             {"properties": {"b": {"type": "null"}}, "required": ["b"]},
-        ],
-        "additionalProperties": {"type": "string", "maxLength": 2},
+        ]
     },
     "recursive": {
-        "$defs": {"tree": {"type": "object", "properties": {"v": {"type": "integer"}, "next": {"$ref": "#/$defs/tree"}}, "required": ["v"]}},
+        "$defs": {
+            "tree": {
+                "type": "object",
+                "properties": {"v": {"type": "integer"}, "next": {"$ref": "#/$defs/tree"}},
+                "required": ["v"],
+            }
+        },
         "$ref": "#/$defs/tree",
     },
     "numbers": {"type": "array", "items": {"type": "number", "minimum": -1.5, "exclusiveMaximum": 2}, "maxItems": 3},
-    "multiples": {"type": "array", "items": {"type": "integer", "multipleOf": 7, "minimum": -100, "maximum": 100}, "minItems": 2, "maxItems": 3},
+    "multiples": {
+        "type": "array",
+        "items": {"type": "integer", "multipleOf": 7, "minimum": -100, "maximum": 100},
+        "minItems": 2,
+        "maxItems": 3,
+    },
     "pattern": {"type": "string", "pattern": "^[A-Z]{2,3}-[0-9]+$"},
     "prefix": {"type": "array", "prefixItems": [{"type": "integer"}, {"const": "x"}], "items": False, "minItems": 2},
     "map": {"type": "object", "additionalProperties": {"type": "integer"}, "maxProperties": 2},
@@ -61,7 +73,11 @@ SCHEMAS = {
     "types": {"type": ["integer", "null", "boolean"]},
     "formats": {
         "type": "object",
-        "properties": {"u": {"type": "string", "format": "uuid"}, "i": {"type": "string", "format": "ipv4"}, "d": {"type": "string", "format": "date"}},
+        "properties": {
+            "u": {"type": "string", "format": "uuid"},
+            "i": {"type": "string", "format": "ipv4"},
+            "d": {"type": "string", "format": "date"},
+        },
         "required": ["u", "i", "d"],
         "additionalProperties": False,
     },
@@ -102,7 +118,16 @@ def test_any_json_object(sampler):
 
 @pytest.mark.parametrize(
     "regex",
-    [r"[a-c]{2,4}x?", r"\d{3}-\d{2}", r"(yes|no|may/be)", r"[^\n]{1,5}", r"[A-Z][a-z]*( [A-Z][a-z]*){0,2}", "é+🎉?", r'"\\\[\t"', " leading"],
+    [
+        r"[a-c]{2,4}x?",
+        r"\d{3}-\d{2}",
+        r"(yes|no|may/be)",
+        r"[^\n]{1,5}",
+        r"[A-Z][a-z]*( [A-Z][a-z]*){0,2}",
+        "é+🎉?",
+        r'"\\\[\t"',
+        " leading",
+    ],
 )
 def test_a_regular_expression_matches_the_whole_text(sampler, regex):
     texts = sampler.texts(sampler.compiler.compile(StructuredOutputsParams(regex=regex)), 6)
@@ -133,8 +158,19 @@ def test_a_grammar(ascii_sampler, syntax):
 
 
 def test_a_structural_tag_holds_where_it_is_triggered(ascii_sampler):
-    tag = {"begin": "<f=x>", "schema": {"type": "object", "properties": {"q": {"type": "integer"}}, "required": ["q"], "additionalProperties": False}, "end": "</f>"}
-    params = StructuredOutputsParams(structural_tag=json.dumps({"structures": [tag], "triggers": ["<f"]}), disable_any_whitespace=True)
+    tag = {
+        "begin": "<f=x>",
+        "schema": {
+            "type": "object",
+            "properties": {"q": {"type": "integer"}},
+            "required": ["q"],
+            "additionalProperties": False,
+        },
+        "end": "</f>",
+    }
+    params = StructuredOutputsParams(
+        structural_tag=json.dumps({"structures": [tag], "triggers": ["<f"]}), disable_any_whitespace=True
+    )
     state = ascii_sampler.compiler.compile(params).start(PROMPT)
     for byte in b"free text, {whatever} <f":
         state.accept(byte)
@@ -168,7 +204,7 @@ def test_options_of_json(ascii_sampler, options, allowed, refused):
 
 
 BRUTE_FORCE = {
-    r"(ab|abc|b)+": {"".join(p) for n in range(1, 5) for p in itertools.product(["ab", "abc", "b"], repeat=n)},
+    r"(ab|abc|b)+": {"".join(p) for n in range(1, 7) for p in itertools.product(["ab", "abc", "b"], repeat=n)},
     r"[a-c]{0,3}d": {"".join(p) + "d" for n in range(4) for p in itertools.product("abc", repeat=n)},
     r"(é|ë|aé)b?": {a + b for a in ("é", "ë", "aé") for b in ("b", "")},
 }
@@ -177,26 +213,39 @@ BRUTE_FORCE = {
 class SmallTokenizer(AsciiTokenizer):
     """Multi-byte tokens that overlap, two with the same text, parts of characters, a hole, a special token named like text."""
 
-    TOKENS = (b"", b"a", b"b", b"c", b"d", b"ab", b"bc", b"abc", b"bab", b"ab", b"\xc3", b"\xa9", "é".encode(), b"\xc3\xabb", b"a\xc3")
+    TOKENS = (
+        b"",
+        b"a",
+        b"b",
+        b"c",
+        b"d",
+        b"ab",
+        b"bc",
+        b"abc",
+        b"bab",
+        b"ab",
+        b"\xc3",
+        b"\xa9",
+        "é".encode(),
+        b"\xc3\xabb",
+        b"a\xc3",
+    )
 
     def __init__(self):
-        from jaxserve.tokenization.piece_tokenizer import PieceTokenizer
-        from jaxserve.tokenization.pieces import Spelling
-
-        PieceTokenizer.__init__(self, Spelling(lambda i: self.TOKENS[i] or b"ab"), len(self.TOKENS), {"ab": 0}, eos_token_ids=(0,))
+        PieceTokenizer.__init__(
+            self, Spelling(lambda i: self.TOKENS[i] or b"ab"), len(self.TOKENS), {"ab": 0}, eos_token_ids=(0,)
+        )
 
 
 @pytest.fixture(scope="module")
-def small():
-    tokenizer = SmallTokenizer()
-    return Sampler(tokenizer, GrammarCompiler(tokenizer, tokenizer.vocab_size + NUM_PADDING, (0,), PATIENT))
+def small(make_sampler):
+    return make_sampler(SmallTokenizer())
 
 
 @pytest.mark.parametrize("regex", BRUTE_FORCE)
 def test_a_mask_is_what_a_brute_force_allows(small, regex):
     """Along every path of tokens through the language's beginnings: a token is allowed iff some word goes on with it."""
     language = {word.encode() for word in BRUTE_FORCE[regex]}
-    longest = 6
     beginnings = {word[:n] for word in language for n in range(len(word) + 1)}
     compiled = small.compiler.compile(StructuredOutputsParams(regex=regex))
     waiting, seen = [((), b"")], 0
@@ -206,7 +255,9 @@ def test_a_mask_is_what_a_brute_force_allows(small, regex):
         following = {i for i, token in enumerate(small.tokenizer.TOKENS) if token and text + token in beginnings}
         expected = following | ({0} if text in language else set())
         assert set(small.allowed(compiled.start(PROMPT, ids))) == expected, (ids, text)
-        waiting += [((*ids, i), text + small.tokenizer.TOKENS[i]) for i in following if len(text) < longest - 3]
+        waiting += [
+            ((*ids, i), text + small.tokenizer.TOKENS[i]) for i in following if len(text + small.tokenizer.TOKENS[i]) <= 3
+        ]
     assert seen > 10
 
 
@@ -278,12 +329,18 @@ def test_an_ambiguous_grammar_stops_its_own_request(ascii_sampler):
 
 def test_a_grammar_at_its_limit_is_compiled_anew(tokenizers_by_name):
     tokenizer = tokenizers_by_name["embedded"]
-    tight = GrammarCompiler(tokenizer, tokenizer.vocab_size, tokenizer.eos_token_ids, GrammarLimits(deadline_s=60, max_lexer_states=300))
+    tight = GrammarCompiler(
+        tokenizer, tokenizer.vocab_size, tokenizer.eos_token_ids, GrammarLimits(deadline_s=60, max_lexer_states=300)
+    )
     params = StructuredOutputsParams(regex="(.*a.{20}b.*|.*c.{25}d.*)")
     first = tight.compile(params)
     assert tight.compile(params) is first
+    state, words = first.start(PROMPT), np.zeros(-(-tokenizer.vocab_size // 32), np.uint32)
+    (token_id,) = tokenizer.encode("a", add_special_tokens=False)
     with pytest.raises(ConstraintError, match="too many states"):
-        first.start(PROMPT).restrict(np.zeros(-(-tokenizer.vocab_size // 32), np.uint32))
+        for _ in range(100):
+            state.restrict(words)
+            state.accept(token_id)
     assert tight.compile(params) is not first
 
 
