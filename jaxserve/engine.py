@@ -105,7 +105,9 @@ class Engine:
             self._note_admissions(plan)
         if previous is None:
             return []
-        return [self._delta(c) for c in self._scheduler.commit(self._runner.wait(previous))]
+        result = self._runner.wait(previous)
+        made_s = time.monotonic()
+        return [self._delta(c, made_s) for c in self._scheduler.commit(result)]
 
     def _note_admissions(self, plan: StepPlan) -> None:
         if plan.admissions:
@@ -116,7 +118,7 @@ class Engine:
                     stream.timings.scheduled = now
                     stream.num_cached_tokens = self._scheduler.num_cached_tokens_of(admission.request_id)
 
-    def _delta(self, committed: Committed) -> TokenDelta:
+    def _delta(self, committed: Committed, made_s: float) -> TokenDelta:
         stream = self._streams[committed.request_id]
         if committed.is_nonfinite:
             error = JaxserveError(f"The model gave no finite logits for request {committed.request_id}.")
@@ -124,7 +126,6 @@ class Engine:
         token = committed.token
         stream.num_generated += 1
         self._num_generated_tokens += 1
-        made_s = time.monotonic()
         if stream.timings.first_token is None:
             stream.timings.first_token = made_s
         reason, stop_reason = committed.finish_reason, committed.stop_reason

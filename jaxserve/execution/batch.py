@@ -4,8 +4,10 @@ One buffer, because each host-to-device transfer costs about as much as a small 
 host (views that are written) and for the trace (slices that are read). Floats and unsigned words travel as their bits.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import compress
 from typing import Any, NamedTuple
 
 import jax
@@ -141,15 +143,14 @@ def pack_backbone(
 ) -> list[SequencePlan]:
     """Writes a plan into a backbone's buffer and returns the sequences that sample, in order."""
     config = ladder.config
-    num_tokens, sequences = plan.num_tokens, plan.sequences
-    rows = np.array([s.row for s in sequences], np.int32)
-    starts = np.array([s.start for s in sequences], np.int32)
-    lens = np.array([s.num_tokens for s in sequences], np.int32)
+    columns = _columns(plan.sequences)
+    rows, starts, lens = (np.array(columns[name], np.int32) for name in ("row", "start", "num_tokens"))
+    num_tokens = sum(columns["num_tokens"])
 
     token_ids: list[int] = []
-    for s in sequences:
-        token_ids.extend(s.token_ids)
-        if len(s.token_ids) < s.num_tokens:
+    for known, count in zip(columns["token_ids"], columns["num_tokens"], strict=True):
+        token_ids += known
+        if len(known) < count:
             token_ids.append(FROM_DEVICE)
     views["tokens_T"][:num_tokens] = token_ids
     views["tokens_T"][num_tokens:] = 0
@@ -158,7 +159,7 @@ def pack_backbone(
     ends = np.cumsum(lens)
     views["positions_T"][:num_tokens] = np.arange(num_tokens) - np.repeat(ends - lens - starts, lens)
     views["positions_T"][num_tokens:] = -1
-    views["prompt_lens_T"][:num_tokens] = np.repeat([s.num_prompt_tokens for s in sequences], lens)
+    views["prompt_lens_T"][:num_tokens] = np.repeat(np.array(columns["num_prompt_tokens"], np.int32), lens)
     views["prompt_lens_T"][num_tokens:] = 0
 
     updates = views["page_updates_U4"]
@@ -166,7 +167,7 @@ def pack_backbone(
     if plan.page_updates:
         updates[: len(plan.page_updates)] = plan.page_updates
 
-    sampling = [i for i, s in enumerate(sequences) if s.samples]
+    sampling = np.flatnonzero(columns["samples"])
     views["sampled_tokens_S"][:] = 0
     views["sampled_rows_S"][:] = config.max_num_seqs
     views["sampled_tokens_S"][: len(sampling)] = ends[sampling] - 1
@@ -185,7 +186,13 @@ def pack_backbone(
         query_tile=config.query_tile,
         out=RaggedBatch(**{name: views[name] for name in RaggedBatch._fields}),
     )
-    return [sequences[i] for i in sampling]
+    return list(compress(plan.sequences, columns["samples"]))
+
+
+def _columns(sequences: Sequence[SequencePlan]) -> dict[str, tuple[Any, ...]]:
+    """Returns each field of all sequences as one tuple, in one pass in C: a pass in Python a field took most of the packing."""
+    columns = zip(*sequences, strict=True) if sequences else ((),) * len(SequencePlan._fields)
+    return dict(zip(SequencePlan._fields, columns, strict=True))
 
 
 class RowTable:
@@ -207,11 +214,12 @@ class RowTable:
     def pack_head(self, sampling: list[SequencePlan], views: dict[str, np.ndarray], padding_row: int) -> None:
         """Writes the rows that sample into a head's buffer; padding is greedy and wants nothing."""
         count = len(sampling)
-        rows = [s.row for s in sampling]
+        columns = _columns(sampling)
+        rows, starts, lens = (np.array(columns[name], np.int32) for name in ("row", "start", "num_tokens"))
         views["rows_S"][:count] = rows
         views["rows_S"][count:] = padding_row
-        views["positions_S"][:count] = [s.start + s.num_tokens for s in sampling]
-        views["wants_logprobs_S"][:count] = [s.num_logprobs >= 0 for s in sampling]
+        views["positions_S"][:count] = starts + lens
+        views["wants_logprobs_S"][:count] = np.array(columns["num_logprobs"], np.int32) >= 0
         views["wants_logprobs_S"][count:] = 0
         for name, column in self._columns.items():
             views[name][:count] = column[rows]

@@ -136,8 +136,8 @@ class Runner:
         self._next_step += 1
         for admission in plan.admissions:
             self._rows.admit(admission.row, admission.sampling)
-        is_decode = all(s.num_tokens == 1 for s in plan.sequences)
-        bucket = self._ladder.backbone_for(plan.num_tokens, is_decode)
+        num_tokens = plan.num_tokens
+        bucket = self._ladder.backbone_for(num_tokens, is_decode=num_tokens == len(plan.sequences))
         program = self._backbones[bucket]
         buffer, views = program.next_buffer()
         sampling = pack_backbone(plan, bucket, self._ladder, views)

@@ -160,7 +160,7 @@ class Holdings:
         total, limit = sum(expected.values()), self._config.max_host_bytes
         if self.host_bytes != expected or not self._num_host_bytes == total <= limit:
             raise IntegrityError(
-                f"{len(self.host_bytes)} sequences have reserved {self._num_host_bytes} bytes of host memory, of at most {limit}; "
+                f"{len(self.host_bytes)} sequences have reserved {self._num_host_bytes} of {limit} bytes of host memory; "
                 f"the {len(expected)} that were admitted and have not ended need {total}"
             )
 
