@@ -1,11 +1,13 @@
 """RequestFactory: a request that it makes is one that the engine is sure to serve."""
 
 import concurrent.futures
+import tracemalloc
 
 import numpy as np
 import pytest
 
 from jaxserve.errors import InvalidRequestError
+from jaxserve.outputs import Logprob
 from jaxserve.request import SamplingParams
 from jaxserve.request_factory import RequestFactory
 from jaxserve.testing.fake_runner import toy_config
@@ -172,3 +174,34 @@ def test_keys_are_distinct_across_threads(factory):
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         keys = list(pool.map(lambda _: factory.make("a").key, range(400)))
     assert len(set(keys)) == 400
+
+
+@pytest.mark.parametrize(("logprobs", "max_tokens", "num_tokens"), [(0, 10, 10), (5, None, 59), (5, 1000, 59)])
+def test_the_peak_of_host_memory_covers_what_log_probabilities_take(factory, logprobs, max_tokens, num_tokens):
+    request = factory.make("hello", SamplingParams(logprobs=logprobs, max_tokens=max_tokens))
+    tracemalloc.start()
+    try:
+        answer = [
+            [{100_000 * place + i: Logprob(i / 7, 1000 + i, chr(300 + i)) for i in range(logprobs + 1)}]
+            for place in range(1, num_tokens + 1)
+        ]
+        taken, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(answer) == num_tokens
+    assert taken < request.peak_host_bytes < 3 * taken
+
+
+def test_no_log_probabilities_take_no_host_memory(factory):
+    assert factory.make("hello").peak_host_bytes == 0
+
+
+def test_a_request_beyond_all_host_memory_is_refused():
+    factory = RequestFactory(toy_config(max_model_len=64, max_host_bytes=100_000), AsciiTokenizer())
+    factory.make("hello", SamplingParams(logprobs=5, max_tokens=47))
+    message = (
+        r"logprobs must be within max_host_bytes \(100000\), got '5, which may take 100800 bytes of the host's memory'.*"
+        "Lower max_tokens or logprobs, or raise max_host_bytes"
+    )
+    with pytest.raises(InvalidRequestError, match=message.replace("'", ".?")):
+        factory.make("hello", SamplingParams(logprobs=5, max_tokens=48))
