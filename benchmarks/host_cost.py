@@ -27,9 +27,10 @@ from jaxserve.build import build
 from jaxserve.config import EngineConfig, ResolvedConfig
 from jaxserve.engine import Engine
 from jaxserve.execution.runner import Runner
-from jaxserve.model_source import EMBEDDED
+from jaxserve.model_source import EMBEDDED, own_model
 from jaxserve.request_factory import RequestFactory
 from jaxserve.scheduling.scheduler import Scheduler
+from jaxserve.testing.tiny_checkpoint import TinyModel, caller_params
 from jaxserve.tokenization.loading import load_tokenizer
 
 PAGE_SIZE = 64
@@ -60,9 +61,18 @@ class Stub:
 def stubbed_runner(num_sequences: int, context: int, max_tokens: int) -> tuple[Runner, ResolvedConfig]:
     """Returns a runner around stubs, and what it runs with: a pool that holds every context."""
     max_model_len = context + max_tokens
+    tokenizer = load_tokenizer(EMBEDDED)
+    shape = TinyModel(
+        hidden_size=16,
+        num_layers=1,
+        num_heads=1,
+        num_kv_heads=1,
+        head_dim=4,
+        intermediate_size=16,
+        vocab_size=tokenizer.vocab_size,
+        max_position_embeddings=max_model_len,
+    )
     config = EngineConfig(
-        model="toy",
-        skip_tokenizer_init=True,
         max_model_len=max_model_len,
         max_num_seqs=num_sequences,
         max_num_batched_tokens=8192,
@@ -71,15 +81,14 @@ def stubbed_runner(num_sequences: int, context: int, max_tokens: int) -> tuple[R
         token_buckets=(8192,),
         sequence_buckets=(num_sequences,),
     )
-    built = build(config, show_progress=False)
+    built = build(config, source=own_model(**caller_params(shape), tokenizer=tokenizer), show_progress=False)
     built.close()
-    tokens = np.random.default_rng(0).integers(300, load_tokenizer(EMBEDDED).vocab_size, 100_000).astype(np.int32)
+    tokens = np.random.default_rng(0).integers(300, tokenizer.vocab_size, 100_000).astype(np.int32)
     for program in built.runner._backbones.values():
         program.run = Stub(program.run, tokens).backbone
     for program in built.runner._heads.values():
         program.run = Stub(program.run, tokens).head
-    vocabulary = dataclasses.replace(built.config, vocab_size=load_tokenizer(EMBEDDED).vocab_size)
-    return built.runner, vocabulary
+    return built.runner, built.config
 
 
 class Clock:

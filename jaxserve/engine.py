@@ -137,7 +137,8 @@ class Engine:
             stream = self._streams.get(request_id)
             if stream is not None and stream.prompt_logprobs is not None:
                 self._note_prompt_scores(stream, scores)
-        return [self._delta(c, result) for c in self._scheduler.commit(result)]
+        made_s = time.monotonic()
+        return [self._delta(c, result, made_s) for c in self._scheduler.commit(result)]
 
     def _note_prompt_scores(self, stream: _Stream, scores: PromptScores) -> None:
         """A prompt that is computed again, after a preemption, is scored again from its start."""
@@ -177,7 +178,7 @@ class Engine:
                     stream.timings.scheduled = now
                     stream.num_cached_tokens = self._scheduler.num_cached_tokens_of(admission.request_id)
 
-    def _delta(self, committed: Committed, result: StepResult) -> TokenDelta:
+    def _delta(self, committed: Committed, result: StepResult, made_s: float) -> TokenDelta:
         stream = self._streams[committed.request_id]
         if committed.is_nonfinite:
             return self._last_delta(stream, [], None, "error", None, _without_logits(stream.request))
@@ -188,7 +189,6 @@ class Engine:
             return last
         stream.num_generated += 1
         self._num_generated_tokens += 1
-        made_s = time.monotonic()
         if stream.timings.first_token is None:
             stream.timings.first_token = made_s
         reason, stop_reason = committed.finish_reason, committed.stop_reason

@@ -2,32 +2,29 @@
 
 from jaxserve.request import ALL_LOGPROBS, SamplingParams
 
-TOKEN_BYTES = 512
-"""A generated token's id and text, as a result and on their way there."""
-
 ENTRY_BYTES = 320
 """One token's log-probability at one place: id, number, rank, text, and its share of the dict."""
 
-PLACE_BYTES = 512
-"""What a place has besides its entries: the dict itself, the arrays that came from the device."""
+PLACE_BYTES = 1024
+"""What a place has besides its entries: the dict itself, the arrays that came from the device, the token and its text."""
 
 
 def peak_host_bytes(num_prompt_tokens: int, num_output_tokens: int, sampling: SamplingParams, vocab_size: int) -> int:
     """Returns the most bytes that one completion's results take until their reader has let go of them.
 
         prompt + output, where
-        output = num_output_tokens * (512 + scores(logprobs))
+        output = num_output_tokens * scores(logprobs)
         prompt = num_prompt_tokens * scores(prompt_logprobs)
-        scores(None) = 0, scores(-1) = 4 * vocab_size + 512, scores(k) = 320 * (k + 1) + 512
+        scores(None) = 0, scores(-1) = 4 * vocab_size + 1024, scores(k) = 320 * (k + 1) + 1024
 
-    The second term of the whole vocabulary's case is an array of float32; texts of tokens are made when they are read.
+    Tokens and text alone are not counted: they are small, and a request that may go on for long seldom does. The first term of the whole vocabulary's case is an array of float32; texts of tokens are made when they are read.
 
     Args:
         num_output_tokens: most that can be generated.
     """
     num_picked = None if sampling.logprob_token_ids is None else len(sampling.logprob_token_ids)
     width = sampling.logprobs if num_picked is None else num_picked
-    output_bytes = num_output_tokens * (TOKEN_BYTES + _score_bytes(width, vocab_size))
+    output_bytes = num_output_tokens * _score_bytes(width, vocab_size)
     return output_bytes + num_prompt_tokens * _score_bytes(sampling.prompt_logprobs, vocab_size)
 
 

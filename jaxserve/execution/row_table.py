@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from jaxserve.config import ResolvedConfig
-from jaxserve.execution.batch import Field, PackedLayout
+from jaxserve.execution.batch import Field, PackedLayout, plan_columns
 from jaxserve.execution.logits import PROCESSED, RAW, SamplingInputs
 from jaxserve.execution.row_state import ADMISSION_TOKENS, RowAdmission
 from jaxserve.plan import Admission, RowSampling, SequencePlan
@@ -107,17 +107,20 @@ class RowTable:
             masked: indices into `sampling` of those that may not sample every token.
         """
         count = len(sampling)
-        rows = [s.row for s in sampling]
+        columns = plan_columns(sampling)
+        rows, starts, lens = (np.array(columns[name], np.int32) for name in ("row", "start", "num_tokens"))
         views["rows_S"][:count] = rows
         views["rows_S"][count:] = self._padding_row
-        views["positions_S"][:count] = [s.start + s.num_tokens for s in sampling]
+        views["positions_S"][:count] = starts + lens
         views["is_masked_S"][:] = 0
         if masked:
             views["is_masked_S"][masked] = 1
-        views["logprobs_S"][:count] = [
-            0 if s.num_logprobs is None else PROCESSED if s.is_processed else RAW for s in sampling
-        ]
-        views["logprobs_S"][count:] = 0
+        views["logprobs_S"][:] = 0
+        if columns["num_logprobs"].count(None) < count:
+            views["logprobs_S"][:count] = [
+                0 if number is None else PROCESSED if is_processed else RAW
+                for number, is_processed in zip(columns["num_logprobs"], columns["is_processed"], strict=True)
+            ]
         for name, column in self._columns.items():
             views[name][:count] = column[rows]
             views[name][count:] = _NEUTRAL[name]

@@ -152,8 +152,9 @@ class Runner:
             for parts in admission_parts(admission, self.config.vocab_size):
                 self._row_state = self._admit.run(self._row_state, self._admit.fill(parts))
         reads_hidden = any(s.scored_token_ids or s.pooling for s in plan.sequences)
-        is_decode = not reads_hidden and all(s.num_tokens == 1 for s in plan.sequences)
-        bucket = self._ladder.backbone_for(plan.num_tokens, is_decode)
+        num_tokens = plan.num_tokens
+        is_decode = num_tokens == len(plan.sequences) and not reads_hidden
+        bucket = self._ladder.backbone_for(num_tokens, is_decode)
         program = self._backbones[bucket]
         buffer, views = program.next_buffer()
         sampling = pack_backbone(plan, bucket, self._ladder, views)

@@ -55,6 +55,8 @@ class Holdings:
         return [pages[:length] for pages in found]
 
     def _page_keys(self, sequence: Sequence) -> list[bytes]:
+        if len(sequence.token_ids) < (len(sequence.page_keys) + 1) * self.page_size:
+            return sequence.page_keys
         root = b"%d" % sequence.num_prompt_tokens if self._config.reads_prompt_len else b""
         return page_keys(sequence.token_ids, self.page_size, sequence.page_keys, root)
 
@@ -82,10 +84,10 @@ class Holdings:
 
         Steps run in order, so any later one may read them.
         """
-        num_full = min(sequence.num_computed, sequence.num_known) // self.page_size
-        keys = self._page_keys(sequence)
+        num_full = min(sequence.num_computed, len(sequence.token_ids)) // self.page_size
+        first, keys = sequence.num_pages_cached, self._page_keys(sequence)
         for cache, pages in zip(self.caches, sequence.pages, strict=True):
-            for index in range(sequence.num_pages_cached, num_full):
+            for index in range(first, num_full):
                 cache.insert(keys[index], pages[index])
         self._set_cached(sequence, num_full)
 
@@ -160,7 +162,7 @@ class Holdings:
         total, limit = sum(expected.values()), self._config.max_host_bytes
         if self.host_bytes != expected or not self._num_host_bytes == total <= limit:
             raise IntegrityError(
-                f"{len(self.host_bytes)} sequences have reserved {self._num_host_bytes} bytes of host memory, at most {limit}; "
+                f"{len(self.host_bytes)} sequences have reserved {self._num_host_bytes} of {limit} bytes of host memory; "
                 f"the {len(expected)} that were admitted and have not ended need {total}"
             )
 

@@ -5,9 +5,9 @@ full pages of committed tokens have one. A page that nobody holds keeps its key 
 which pages were released. Who holds a page is `page_pool`'s to know.
 """
 
-import hashlib
 from array import array
 from collections.abc import Iterable, Sequence
+from hashlib import sha256
 
 from jaxserve.errors import IntegrityError
 from jaxserve.scheduling.page_pool import PagePool
@@ -20,9 +20,8 @@ def page_keys(token_ids: Sequence[int], page_size: int, keys: list[bytes], root:
         root: what beside the tokens makes contexts equal; stands before the first page.
     """
     for start in range(len(keys) * page_size, len(token_ids) - page_size + 1, page_size):
-        digest = hashlib.sha256(keys[-1] if keys else root)
-        digest.update(array("q", token_ids[start : start + page_size]).tobytes())
-        keys.append(digest.digest())
+        parent = keys[-1] if keys else root
+        keys.append(sha256(parent + array("i", token_ids[start : start + page_size]).tobytes()).digest())
     return keys
 
 

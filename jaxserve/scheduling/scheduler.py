@@ -6,6 +6,7 @@ planned before step n is committed: nothing is planned past a length at which a 
 for a sequence that has ended meanwhile is dropped at commit.
 """
 
+from array import array
 from bisect import bisect_left, insort
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -67,7 +68,7 @@ class Scheduler:
             request=request,
             arrival=self._num_arrived,
             max_total_len=limit if max_tokens is None else min(limit, len(prompt) + max_tokens),
-            token_ids=list(prompt),
+            token_ids=array("i", prompt),
             pages=[[] for _ in self.holdings.pools],
             is_processed=(request.sampling.logprobs_mode or self.config.logprobs_mode) == "processed",
         )

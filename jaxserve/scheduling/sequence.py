@@ -1,5 +1,6 @@
 """What the scheduler knows of one request: its tokens, how far they are computed, the row and pages it holds."""
 
+from array import array
 from dataclasses import dataclass, field
 from operator import attrgetter
 
@@ -14,7 +15,7 @@ class Sequence:
     """A request on its way. What a step looks at for each sequence is an attribute, not computed from others.
 
     Attributes:
-        token_ids: prompt and committed output.
+        token_ids: prompt and committed output; an array, because the garbage collector walks lists, and pages are hashed from it.
         max_total_len: tokens at which it is certain to end.
         min_total_len: tokens before which no stop token may end it.
         num_computed: positions whose keys and values are, or will be by steps already dispatched, in pages.
@@ -40,7 +41,7 @@ class Sequence:
     request: Request
     arrival: int
     max_total_len: int
-    token_ids: list[int]
+    token_ids: "array[int]"
     pages: list[list[int]]
     num_reserved: int = 0
     num_told: int = 0

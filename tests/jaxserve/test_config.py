@@ -12,7 +12,7 @@ from jaxserve.testing.fake_runner import toy_config
 
 NAN, INF = float("nan"), float("inf")
 NOT_A_COUNT = ["1", [1], True, 1.0, NAN, INF, -1, np.float32(1), 2**63]
-COUNTS = "max_model_len max_num_seqs max_num_batched_tokens page_size num_pages kv_cache_memory_bytes"
+COUNTS = "max_model_len max_num_seqs max_num_batched_tokens page_size num_pages kv_cache_memory_bytes max_host_bytes"
 
 
 def cases(names, values):
@@ -25,6 +25,7 @@ def cases(names, values):
         *cases(COUNTS, [*NOT_A_COUNT, 0]),
         *cases("tensor_parallel_size", [*NOT_A_COUNT, 0, None]),
         *cases("seed max_logprobs", [*NOT_A_COUNT, None]),
+        *cases("long_prefill_token_threshold", NOT_A_COUNT),
         *cases("max_logprobs", [129]),
         *cases("page_size", [1, 4, 7, 24, 512]),
         *cases("gpu_memory_utilization", [0, 0.0, -0.5, 1.01, NAN, INF, "0.9", True, None]),
@@ -45,6 +46,7 @@ def test_a_bad_value_names_its_field(name, value):
         *cases(COUNTS.replace("page_size ", ""), [None, 1, 2**63 - 1]),
         *cases("page_size", [None, 8, 64, 256]),
         *cases("tensor_parallel_size", [1, 8]),
+        *cases("long_prefill_token_threshold", [None, 0, 1, 2**63 - 1]),
         *cases("seed", [0, 2**63 - 1]),
         *cases("max_logprobs", [0, 128]),
         *cases("gpu_memory_utilization", [1e-6, 1, 1.0]),
@@ -58,7 +60,7 @@ def test_a_boundary_is_allowed(name, value):
 
 def test_the_defaults_leave_sizes_to_the_model_and_the_platform():
     config = EngineConfig()
-    assert [getattr(config, name) for name in ("model", "tokenizer", *COUNTS.split())] == [None] * 8
+    assert [getattr(config, name) for name in ("model", "tokenizer", *COUNTS.split())] == [None] * 9
     assert (config.tensor_parallel_size, config.dtype, config.gpu_memory_utilization) == (1, "auto", 0.9)
     assert (config.seed, config.max_logprobs, config.attention_backend) == (0, 20, "auto")
 

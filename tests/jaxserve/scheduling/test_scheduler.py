@@ -8,80 +8,10 @@ from jaxserve.plan import PageUpdate, SampledToken, StepResult
 from jaxserve.request import RepetitionDetection
 from jaxserve.scheduling import admission
 from jaxserve.scheduling.scheduler import Scheduler
-from jaxserve.testing.fake_runner import FakeRunner, expected, toy_config, toy_request
+from jaxserve.testing.fake_runner import expected, toy_config, toy_request
+from jaxserve.testing.scheduler_steps import Steps, running, waiting
 
 PROMPT = tuple(range(40, 100))
-
-
-class Steps:
-    """Steps as the engine takes them: plan and dispatch n + 1, then wait for and commit n."""
-
-    def __init__(self, num_groups=1, next_token=toy.next_token, **config):
-        self.config = toy_config(**config)
-        self.scheduler = Scheduler(self.config, num_groups)
-        self.runner = FakeRunner(self.config, num_groups, next_token)
-        self.in_flight = self.uncommitted = None
-        self.tokens, self.ends = {}, {}
-
-    def add(self, *args, **kwargs):
-        request = toy_request(*args, **kwargs)
-        self.tokens[request.request_id] = []
-        self.ends.pop(request.request_id, None)
-        self.scheduler.add(request)
-        return request
-
-    def plan(self):
-        """Plans and dispatches, and leaves the step before uncommitted; returns {id: tokens planned}, or None."""
-        self.commit()
-        plan = self.scheduler.plan()
-        self.uncommitted = self.in_flight
-        self.in_flight = None if plan is None else self.runner.dispatch(plan)
-        return None if plan is None else {s.request_id: s.num_tokens for s in plan.sequences}
-
-    def commit(self):
-        """Commits the step before the last planned one, unless that was done."""
-        handle, self.uncommitted = self.uncommitted, None
-        return [] if handle is None else self._commit(handle)
-
-    def land(self):
-        """Commits the last planned step too."""
-        self.commit()
-        handle, self.in_flight = self.in_flight, None
-        return self._commit(handle)
-
-    def _commit(self, handle):
-        committed = self.scheduler.commit(self.runner.wait(handle))
-        for c in committed:
-            if not c.is_nonfinite:
-                self.tokens[c.request_id].append(c.token.token_id)
-            if c.finish_reason is not None:
-                self.ends[c.request_id] = (c.finish_reason, c.stop_reason)
-        self.scheduler.check_integrity()
-        return committed
-
-    def step(self):
-        taken = self.plan()
-        self.commit()
-        return taken
-
-    def run(self, limit=500):
-        """Steps until there is nothing left to do."""
-        for _ in range(limit):
-            if self.step() is None and not self.scheduler.request_ids():
-                return
-        raise AssertionError(f"not done after {limit} steps")
-
-    @property
-    def last_plan(self):
-        return self.runner.plans[-1]
-
-
-def running(steps):
-    return [s.request_id for s in steps.scheduler._running]
-
-
-def waiting(steps):
-    return [s.request_id for s in steps.scheduler._waiting]
 
 
 # --- what a step computes ------------------------------------------------------------------------------------------------

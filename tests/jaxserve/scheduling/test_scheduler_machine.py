@@ -1,23 +1,51 @@
 """The scheduler under any sequence of events: each request gets exactly the tokens that it would get alone.
 
 One state machine: requests arrive with any lengths, parameters and priorities, steps run with one in flight, requests are ended
-at any time, ids are used again at once, and the pool is so small that sequences are preempted all the time. Tokens are computed
-through the pages that the plans name, so a wrong page is a wrong token.
+at any time, ids are used again at once, the pool is so small that sequences are preempted all the time, and host memory is short.
+Tokens are computed through the pages that the plans name, so a wrong page is a wrong token. Nobody starves: once nobody of better
+priority arrives any more, a request ends within `bound_of`, whatever else arrives.
 """
 
 import random
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 from jaxserve.models import toy
+from jaxserve.scheduling import admission
 from jaxserve.scheduling.scheduler import Scheduler
 from jaxserve.testing.fake_runner import FakeRunner, expected, toy_config, toy_request
 
 PAGE_SIZE = 4
+MAX_SKIPS = 3
+MAX_HOST_BYTES = 100
 IDS = [f"r{i}" for i in range(12)]
 STOPS = [[], [], [], [], [40, 80], list(range(32, 40)), list(range(32, 127))]
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    monkeypatch.setattr(admission, "MAX_SKIPS", MAX_SKIPS)
+
+
+def bound_of(machine, sequence):
+    """Returns steps within which a sequence ends, if from now on nobody of better priority arrives.
+
+    Say L is the longest context and R the number of rows. Take the first in order of all that live; nobody comes before it.
+    Running, it gets a token a step and is never preempted: L + 2 steps. Waiting, it sees two kinds of steps. In those in which
+    somebody behind it may enter, it is skipped, MAX_SKIPS + 1 times. In the others those that run only become fewer: each
+    gets a token a step and ends within L + 2 steps, or gives way in one of at most R steps. Then the pool is free. Only host
+    memory may be lacking still, for which those that hold it go on, one after the other in the worst case. All that holds for
+    each that goes before the sequence, and then for the sequence. Where decode items are short, those that run may have to
+    take turns: R times as long.
+    """
+    config, live = machine.config, machine.scheduler._sequences.values()
+    num_before = sum(s.order <= sequence.order for s in live)
+    num_turns = MAX_SKIPS + 2 + len(live)
+    turns = config.max_num_seqs if machine.is_short_of_items else 1
+    return num_before * num_turns * turns * (config.max_model_len + config.max_num_seqs + 3)
 
 
 @st.composite
@@ -28,10 +56,13 @@ def configs(draw):
     changes = {}
     if draw(st.booleans()):  # fewer than a full step of decodes needs, at least the longest context's
         changes["max_decode_items"] = -(-max_model_len // 8) + draw(st.integers(0, 3))
+    max_tokens = max_num_seqs + draw(st.sampled_from([11, 3, 40, 0]))
     return toy_config(
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_seqs + draw(st.sampled_from([11, 3, 40, 0])),
+        max_num_batched_tokens=max_tokens,
+        long_prefill_token_threshold=min(max_tokens, draw(st.sampled_from([100, 5, 1]))),
+        max_host_bytes=MAX_HOST_BYTES,
         page_size=PAGE_SIZE,
         num_pages=longest + draw(st.integers(0, 4)),
         max_cached_pages=draw(st.sampled_from([longest, 0])),
@@ -48,7 +79,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.in_flight = None
         self.live = {}  # id -> (request, tokens that it must get, why it must end, tokens so far)
         self.finished = []
-        self.num_preempted_in_flight = 0
+        self.num_preempted_in_flight = self.num_displaced = self.num_flooded = 0
+        self.is_short_of_items = config.max_decode_items < config.max_num_seqs * -(-config.max_model_len // 8)
 
     @rule(
         request_id=st.sampled_from(IDS),
@@ -59,8 +91,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         stops=st.sampled_from(STOPS),
         min_tokens=st.sampled_from([0, 0, 1, 7]),
         logprobs=st.sampled_from([None, 0, 2]),
+        peak_host_bytes=st.sampled_from([0, 0, 40, MAX_HOST_BYTES]),
     )
-    def arrive(self, request_id, prompt_len, seed, max_tokens, priority, stops, min_tokens, logprobs):
+    def arrive(self, request_id, prompt_len, seed, max_tokens, priority, stops, min_tokens, logprobs, peak_host_bytes):
         if request_id in self.live:
             return
         request = toy_request(
@@ -71,6 +104,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             max_tokens=max_tokens,
             min_tokens=min(min_tokens, max_tokens or 20),
             logprobs=logprobs,
+            peak_host_bytes=peak_host_bytes,
         )
         self.live[request_id] = (request, *expected(request, self.config), [])
         self.scheduler.add(request)
@@ -84,6 +118,43 @@ class SchedulerMachine(RuleBasedStateMachine):
     def steps(self, count):
         for _ in range(count):
             self._step()
+
+    @rule(
+        request_id=st.sampled_from(IDS),
+        prompt_len=st.sampled_from([9, 3, 1]),
+        max_tokens=st.sampled_from([10, 4]),
+        worse_by=st.sampled_from([0, 1]),
+        peak_host_bytes=st.sampled_from([0, 40]),
+    )
+    def flood(self, request_id, prompt_len, max_tokens, worse_by, peak_host_bytes):
+        """Others keep arriving, none of better priority: one that is there ends all the same."""
+        if request_id not in self.live:
+            return
+        request = self.live[request_id][0]
+        limit = bound_of(self, self.scheduler._sequences[request_id])
+        arrived = 0
+        for _ in range(limit):
+            if len(self.live) < len(IDS) + 2 * self.config.max_num_seqs:
+                arrived += 1
+                self.arrive(
+                    f"flood {arrived}",
+                    prompt_len,
+                    seed=arrived % 3,
+                    max_tokens=max_tokens,
+                    priority=request.priority + worse_by * (arrived % 2),
+                    stops=[],
+                    min_tokens=0,
+                    logprobs=None,
+                    peak_host_bytes=peak_host_bytes,
+                )
+            self._step()
+            if self.live.get(request_id, (None,))[0] is not request:
+                break
+        else:
+            raise AssertionError(f"{request} has not ended after {limit} steps, in which {arrived} others arrived")
+        self.num_flooded += arrived
+        for name in [name for name in self.live if name.startswith("flood")]:
+            self.end(name)
 
     def _step(self):
         running = list(self.scheduler._running)
@@ -103,10 +174,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert 0 < plan.num_tokens <= self.config.max_num_batched_tokens
         takes = {s.request_id: s.num_tokens for s in plan.sequences}
         assert len(takes) == len(plan.sequences) <= self.config.max_num_seqs
-        is_short_of_items = self.config.max_decode_items < self.config.max_num_seqs * -(-self.config.max_model_len // 8)
+        displaced = [s for s in running if s.row is None]
+        if plan.admissions and displaced:
+            self.num_displaced += len(displaced)
+            best = min(self.live[a.request_id][0].priority for a in plan.admissions)
+            assert all(s.priority > best for s in displaced), "equals do not displace each other"
         for s in running:  # whoever ran and still runs goes on, unless its last token is in flight
             is_done = s.num_known + s.num_in_flight >= s.max_total_len and s.request_id not in takes
-            assert s.row is None or is_done or s.request_id in takes or is_short_of_items
+            assert s.row is None or is_done or s.request_id in takes or self.is_short_of_items
         for s in plan.sequences:
             request = self.live[s.request_id][0]
             assert s.num_logprobs == request.sampling.logprobs
@@ -159,7 +234,8 @@ def test_the_same_in_dense_traffic():
     """Hypothesis finds corners; this keeps the pool full for long, and shows that it was."""
     draw = random.Random(0)
     machine = SchedulerMachine()
-    machine.make(toy_config(max_model_len=40, num_pages=13, max_num_seqs=5, max_num_batched_tokens=11), 2)
+    limits = {"max_model_len": 40, "num_pages": 13, "max_num_seqs": 5, "max_num_batched_tokens": 11, "max_cached_pages": 10}
+    machine.make(toy_config(**limits, max_host_bytes=MAX_HOST_BYTES, long_prefill_token_threshold=5), 2)
     num_ended = 0
     for _ in range(400):
         machine.arrive(
@@ -171,10 +247,13 @@ def test_the_same_in_dense_traffic():
             stops=draw.choice(STOPS),
             min_tokens=draw.choice([0, 0, 7]),
             logprobs=None,
+            peak_host_bytes=draw.choice([0, 0, 40, MAX_HOST_BYTES]),
         )
         if draw.random() < 0.05:
             num_ended += 1
             machine.end(request_id=draw.choice(IDS))
+        if draw.random() < 0.03:
+            machine.flood(draw.choice(IDS), prompt_len=9, max_tokens=10, worse_by=0, peak_host_bytes=0)
         machine.steps(count=draw.choice([1, 2, 5]))
         machine.books_balance()
     machine.teardown()
@@ -182,6 +261,9 @@ def test_the_same_in_dense_traffic():
     seen = {
         "preemptions": machine.scheduler.num_preemptions,
         "preempted with a token in flight": machine.num_preempted_in_flight,
+        "displaced by a better priority": machine.num_displaced,
+        "tokens from the prefix cache": machine.scheduler.num_cached_tokens,
+        "arrived in floods": machine.num_flooded,
         "chunks": num_chunks,
         "finished": len(machine.finished),
         "ended": num_ended,
