@@ -49,11 +49,22 @@ SCHEMAS = {
         "additionalProperties": {"type": "string", "maxLength": 2},
     },
     "recursive": {
-        "$defs": {"tree": {"type": "object", "properties": {"v": {"type": "integer"}, "next": {"$ref": "#/$defs/tree"}}, "required": ["v"]}},
+        "$defs": {
+            "tree": {
+                "type": "object",
+                "properties": {"v": {"type": "integer"}, "next": {"$ref": "#/$defs/tree"}},
+                "required": ["v"],
+            }
+        },
         "$ref": "#/$defs/tree",
     },
     "numbers": {"type": "array", "items": {"type": "number", "minimum": -1.5, "exclusiveMaximum": 2}, "maxItems": 3},
-    "multiples": {"type": "array", "items": {"type": "integer", "multipleOf": 7, "minimum": -100, "maximum": 100}, "minItems": 2, "maxItems": 3},
+    "multiples": {
+        "type": "array",
+        "items": {"type": "integer", "multipleOf": 7, "minimum": -100, "maximum": 100},
+        "minItems": 2,
+        "maxItems": 3,
+    },
     "pattern": {"type": "string", "pattern": "^[A-Z]{2,3}-[0-9]+$"},
     "prefix": {"type": "array", "prefixItems": [{"type": "integer"}, {"const": "x"}], "items": False, "minItems": 2},
     "map": {"type": "object", "additionalProperties": {"type": "integer"}, "maxProperties": 2},
@@ -61,7 +72,11 @@ SCHEMAS = {
     "types": {"type": ["integer", "null", "boolean"]},
     "formats": {
         "type": "object",
-        "properties": {"u": {"type": "string", "format": "uuid"}, "i": {"type": "string", "format": "ipv4"}, "d": {"type": "string", "format": "date"}},
+        "properties": {
+            "u": {"type": "string", "format": "uuid"},
+            "i": {"type": "string", "format": "ipv4"},
+            "d": {"type": "string", "format": "date"},
+        },
         "required": ["u", "i", "d"],
         "additionalProperties": False,
     },
@@ -102,7 +117,16 @@ def test_any_json_object(sampler):
 
 @pytest.mark.parametrize(
     "regex",
-    [r"[a-c]{2,4}x?", r"\d{3}-\d{2}", r"(yes|no|may/be)", r"[^\n]{1,5}", r"[A-Z][a-z]*( [A-Z][a-z]*){0,2}", "é+🎉?", r'"\\\[\t"', " leading"],
+    [
+        r"[a-c]{2,4}x?",
+        r"\d{3}-\d{2}",
+        r"(yes|no|may/be)",
+        r"[^\n]{1,5}",
+        r"[A-Z][a-z]*( [A-Z][a-z]*){0,2}",
+        "é+🎉?",
+        r'"\\\[\t"',
+        " leading",
+    ],
 )
 def test_a_regular_expression_matches_the_whole_text(sampler, regex):
     texts = sampler.texts(sampler.compiler.compile(StructuredOutputsParams(regex=regex)), 6)
@@ -133,8 +157,19 @@ def test_a_grammar(ascii_sampler, syntax):
 
 
 def test_a_structural_tag_holds_where_it_is_triggered(ascii_sampler):
-    tag = {"begin": "<f=x>", "schema": {"type": "object", "properties": {"q": {"type": "integer"}}, "required": ["q"], "additionalProperties": False}, "end": "</f>"}
-    params = StructuredOutputsParams(structural_tag=json.dumps({"structures": [tag], "triggers": ["<f"]}), disable_any_whitespace=True)
+    tag = {
+        "begin": "<f=x>",
+        "schema": {
+            "type": "object",
+            "properties": {"q": {"type": "integer"}},
+            "required": ["q"],
+            "additionalProperties": False,
+        },
+        "end": "</f>",
+    }
+    params = StructuredOutputsParams(
+        structural_tag=json.dumps({"structures": [tag], "triggers": ["<f"]}), disable_any_whitespace=True
+    )
     state = ascii_sampler.compiler.compile(params).start(PROMPT)
     for byte in b"free text, {whatever} <f":
         state.accept(byte)
@@ -177,13 +212,31 @@ BRUTE_FORCE = {
 class SmallTokenizer(AsciiTokenizer):
     """Multi-byte tokens that overlap, two with the same text, parts of characters, a hole, a special token named like text."""
 
-    TOKENS = (b"", b"a", b"b", b"c", b"d", b"ab", b"bc", b"abc", b"bab", b"ab", b"\xc3", b"\xa9", "é".encode(), b"\xc3\xabb", b"a\xc3")
+    TOKENS = (
+        b"",
+        b"a",
+        b"b",
+        b"c",
+        b"d",
+        b"ab",
+        b"bc",
+        b"abc",
+        b"bab",
+        b"ab",
+        b"\xc3",
+        b"\xa9",
+        "é".encode(),
+        b"\xc3\xabb",
+        b"a\xc3",
+    )
 
     def __init__(self):
         from jaxserve.tokenization.piece_tokenizer import PieceTokenizer
         from jaxserve.tokenization.pieces import Spelling
 
-        PieceTokenizer.__init__(self, Spelling(lambda i: self.TOKENS[i] or b"ab"), len(self.TOKENS), {"ab": 0}, eos_token_ids=(0,))
+        PieceTokenizer.__init__(
+            self, Spelling(lambda i: self.TOKENS[i] or b"ab"), len(self.TOKENS), {"ab": 0}, eos_token_ids=(0,)
+        )
 
 
 @pytest.fixture(scope="module")
@@ -278,7 +331,9 @@ def test_an_ambiguous_grammar_stops_its_own_request(ascii_sampler):
 
 def test_a_grammar_at_its_limit_is_compiled_anew(tokenizers_by_name):
     tokenizer = tokenizers_by_name["embedded"]
-    tight = GrammarCompiler(tokenizer, tokenizer.vocab_size, tokenizer.eos_token_ids, GrammarLimits(deadline_s=60, max_lexer_states=300))
+    tight = GrammarCompiler(
+        tokenizer, tokenizer.vocab_size, tokenizer.eos_token_ids, GrammarLimits(deadline_s=60, max_lexer_states=300)
+    )
     params = StructuredOutputsParams(regex="(.*a.{20}b.*|.*c.{25}d.*)")
     first = tight.compile(params)
     assert tight.compile(params) is first
