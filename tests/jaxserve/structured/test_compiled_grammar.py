@@ -14,8 +14,10 @@ from jaxserve.structured.all_of import AllOf
 from jaxserve.structured.bad_words import BadWords
 from jaxserve.structured.compiler import GrammarCompiler, GrammarLimits
 from jaxserve.structured_outputs import StructuredOutputsParams
+from jaxserve.testing.constrained_sampler import PROMPT
 from jaxserve.tokenization.ascii_tokenizer import AsciiTokenizer
-from tests.jaxserve.structured.conftest import NUM_PADDING, PATIENT, PROMPT, Sampler
+from jaxserve.tokenization.piece_tokenizer import PieceTokenizer
+from jaxserve.tokenization.pieces import Spelling
 
 SCHEMAS = {
     "flat": {
@@ -45,8 +47,7 @@ SCHEMAS = {
         "allOf": [
             {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]},
             {"properties": {"b": {"type": "null"}}, "required": ["b"]},
-        ],
-        "additionalProperties": {"type": "string", "maxLength": 2},
+        ]
     },
     "recursive": {
         "$defs": {
@@ -203,7 +204,7 @@ def test_options_of_json(ascii_sampler, options, allowed, refused):
 
 
 BRUTE_FORCE = {
-    r"(ab|abc|b)+": {"".join(p) for n in range(1, 5) for p in itertools.product(["ab", "abc", "b"], repeat=n)},
+    r"(ab|abc|b)+": {"".join(p) for n in range(1, 7) for p in itertools.product(["ab", "abc", "b"], repeat=n)},
     r"[a-c]{0,3}d": {"".join(p) + "d" for n in range(4) for p in itertools.product("abc", repeat=n)},
     r"(é|ë|aé)b?": {a + b for a in ("é", "ë", "aé") for b in ("b", "")},
 }
@@ -231,25 +232,20 @@ class SmallTokenizer(AsciiTokenizer):
     )
 
     def __init__(self):
-        from jaxserve.tokenization.piece_tokenizer import PieceTokenizer
-        from jaxserve.tokenization.pieces import Spelling
-
         PieceTokenizer.__init__(
             self, Spelling(lambda i: self.TOKENS[i] or b"ab"), len(self.TOKENS), {"ab": 0}, eos_token_ids=(0,)
         )
 
 
 @pytest.fixture(scope="module")
-def small():
-    tokenizer = SmallTokenizer()
-    return Sampler(tokenizer, GrammarCompiler(tokenizer, tokenizer.vocab_size + NUM_PADDING, (0,), PATIENT))
+def small(make_sampler):
+    return make_sampler(SmallTokenizer())
 
 
 @pytest.mark.parametrize("regex", BRUTE_FORCE)
 def test_a_mask_is_what_a_brute_force_allows(small, regex):
     """Along every path of tokens through the language's beginnings: a token is allowed iff some word goes on with it."""
     language = {word.encode() for word in BRUTE_FORCE[regex]}
-    longest = 6
     beginnings = {word[:n] for word in language for n in range(len(word) + 1)}
     compiled = small.compiler.compile(StructuredOutputsParams(regex=regex))
     waiting, seen = [((), b"")], 0
@@ -259,7 +255,9 @@ def test_a_mask_is_what_a_brute_force_allows(small, regex):
         following = {i for i, token in enumerate(small.tokenizer.TOKENS) if token and text + token in beginnings}
         expected = following | ({0} if text in language else set())
         assert set(small.allowed(compiled.start(PROMPT, ids))) == expected, (ids, text)
-        waiting += [((*ids, i), text + small.tokenizer.TOKENS[i]) for i in following if len(text) < longest - 3]
+        waiting += [
+            ((*ids, i), text + small.tokenizer.TOKENS[i]) for i in following if len(text + small.tokenizer.TOKENS[i]) <= 3
+        ]
     assert seen > 10
 
 
@@ -337,8 +335,12 @@ def test_a_grammar_at_its_limit_is_compiled_anew(tokenizers_by_name):
     params = StructuredOutputsParams(regex="(.*a.{20}b.*|.*c.{25}d.*)")
     first = tight.compile(params)
     assert tight.compile(params) is first
+    state, words = first.start(PROMPT), np.zeros(-(-tokenizer.vocab_size // 32), np.uint32)
+    (token_id,) = tokenizer.encode("a", add_special_tokens=False)
     with pytest.raises(ConstraintError, match="too many states"):
-        first.start(PROMPT).restrict(np.zeros(-(-tokenizer.vocab_size // 32), np.uint32))
+        for _ in range(100):
+            state.restrict(words)
+            state.accept(token_id)
     assert tight.compile(params) is not first
 
 
