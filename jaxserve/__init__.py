@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jaxserve.async_engine import AsyncEngine
+    from jaxserve.async_llm import AsyncLLM
     from jaxserve.beam_search import BeamSearchParams
     from jaxserve.config import EngineConfig
     from jaxserve.errors import (
         CheckpointError,
         ConfigError,
+        ConstraintError,
         DrainingError,
         EngineDeadError,
         IntegrityError,
@@ -31,16 +33,19 @@ if TYPE_CHECKING:
     from jaxserve.llm import LLM
     from jaxserve.outputs import CompletionOutput, FlatLogprobs, Logprob, PoolingRequestOutput, RequestOutput
     from jaxserve.request import RepetitionDetection, RequestOutputKind, SamplingParams
+    from jaxserve.structured_outputs import StructuredOutputsParams
 
 __version__ = "0.1.0.dev0"
 
 __all__ = [
     "LLM",
     "AsyncEngine",
+    "AsyncLLM",
     "BeamSearchParams",
     "CheckpointError",
     "CompletionOutput",
     "ConfigError",
+    "ConstraintError",
     "DrainingError",
     "EngineConfig",
     "EngineDeadError",
@@ -56,6 +61,7 @@ __all__ = [
     "RequestOutput",
     "RequestOutputKind",
     "SamplingParams",
+    "StructuredOutputsParams",
     "UnknownModelError",
     "__version__",
 ]
@@ -63,6 +69,7 @@ __all__ = [
 _MODULE_OF = {
     "LLM": "llm",
     "AsyncEngine": "async_engine",
+    "AsyncLLM": "async_llm",
     "BeamSearchParams": "beam_search",
     "CompletionOutput": "outputs",
     "EngineConfig": "config",
@@ -73,6 +80,7 @@ _MODULE_OF = {
     "RequestOutput": "outputs",
     "RequestOutputKind": "request",
     "SamplingParams": "request",
+    "StructuredOutputsParams": "structured_outputs",
 }
 """Where a public name lives; every other one lives in `errors`."""
 

@@ -15,11 +15,18 @@ ROOT = pathlib.Path(jaxserve.__file__).parent.parent
 PUBLIC = {
     "LLM",
     "AsyncEngine",
+    "AsyncLLM",
+    "BeamSearchParams",
     "CompletionOutput",
     "EngineConfig",
+    "FlatLogprobs",
     "Logprob",
+    "PoolingRequestOutput",
+    "RepetitionDetection",
     "RequestOutput",
+    "RequestOutputKind",
     "SamplingParams",
+    "StructuredOutputsParams",
     "__version__",
 }
 
