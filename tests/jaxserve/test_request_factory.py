@@ -247,14 +247,14 @@ def test_one_completion_is_the_request_itself(factory):
 @pytest.mark.parametrize(
     ("sampling", "num_bytes"),
     [
-        ({"max_tokens": 8}, 8 * 512),
-        ({"max_tokens": None}, 61 * 512),
-        ({"max_tokens": 1000}, 61 * 512),
-        ({"max_tokens": 8, "logprobs": 0}, 8 * (512 + 320 + 512)),
-        ({"max_tokens": 8, "logprobs": 5, "n": 3}, 3 * 8 * (512 + 6 * 320 + 512)),
-        ({"max_tokens": 8, "logprob_token_ids": [1, 2]}, 8 * (512 + 3 * 320 + 512)),
-        ({"max_tokens": 8, "prompt_logprobs": 1, "n": 2}, 2 * 8 * 512 + 3 * (2 * 320 + 512)),
-        ({"max_tokens": 8, "prompt_logprobs": -1, "logprobs": -1}, 8 * 512 + (8 + 3) * (4 * 128 + 512)),
+        ({"max_tokens": None}, 0),
+        ({"max_tokens": 8, "logprobs": 0}, 8 * (320 + 1024)),
+        ({"max_tokens": 1000, "logprobs": 0}, 61 * (320 + 1024)),
+        ({"max_tokens": None, "logprobs": 0}, 61 * (320 + 1024)),
+        ({"max_tokens": 8, "logprobs": 5, "n": 3}, 3 * 8 * (6 * 320 + 1024)),
+        ({"max_tokens": 8, "logprob_token_ids": [1, 2]}, 8 * (3 * 320 + 1024)),
+        ({"max_tokens": 8, "prompt_logprobs": 1, "n": 2}, 3 * (2 * 320 + 1024)),
+        ({"max_tokens": 8, "prompt_logprobs": -1, "logprobs": -1}, (8 + 3) * (4 * 128 + 1024)),
     ],
 )
 def test_the_peak_of_a_request(factory, sampling, num_bytes):
@@ -265,7 +265,7 @@ def test_the_peak_of_a_request(factory, sampling, num_bytes):
     ("name", "sampling"),
     [
         ("logprobs", {"max_tokens": 20, "logprobs": -1, "prompt_logprobs": 0}),
-        ("logprobs", {"max_tokens": 1, "n": 20}),
+        ("logprobs", {"max_tokens": 1, "n": 20, "logprobs": 0}),
         ("prompt_logprobs", {"max_tokens": 1, "prompt_logprobs": -1}),
     ],
 )
