@@ -84,7 +84,7 @@ class Peak(threading.Thread):
 
 
 async def soak(num_requests: int, prompt_len: int, budget: int) -> None:
-    llm = await AsyncLLM.create(
+    llm = AsyncLLM(
         params=_params(),
         config=_config(prompt_len + 64),
         max_num_seqs=8,

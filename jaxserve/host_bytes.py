@@ -17,7 +17,8 @@ def peak_host_bytes(num_prompt_tokens: int, num_output_tokens: int, sampling: Sa
         prompt = num_prompt_tokens * scores(prompt_logprobs)
         scores(None) = 0, scores(-1) = 4 * vocab_size + 1024, scores(k) = 320 * (k + 1) + 1024
 
-    Tokens and text alone are not counted: they are small, and a request that may go on for long seldom does. The first term of the whole vocabulary's case is an array of float32; texts of tokens are made when they are read.
+    Tokens and text alone are not counted: they are small, and a request that may go on for long seldom does. The first term
+    of the whole vocabulary's case is an array of float32; texts of tokens are made when they are read.
 
     Args:
         num_output_tokens: most that can be generated.
