@@ -17,23 +17,23 @@ class AllOf:
 
     def start(self, prompt_token_ids: Sequence[int], output_token_ids: Sequence[int] = ()) -> TokenConstraint:
         """See `CompiledConstraint`."""
-        return _AllOfState([part.start(prompt_token_ids, output_token_ids) for part in self.parts])
+        return AllOfState([part.start(prompt_token_ids, output_token_ids) for part in self.parts])
 
 
-class _AllOfState:
+class AllOfState:
     """A `TokenConstraint`."""
 
-    __slots__ = ("_parts",)
+    __slots__ = ("parts",)
 
     def __init__(self, parts: list[TokenConstraint]):
-        self._parts = parts
+        self.parts = parts
 
     def restrict(self, words_W: np.ndarray) -> None:
-        for part in self._parts:
+        for part in self.parts:
             part.restrict(words_W)
         if not words_W.any():
             raise ConstraintError("no token is left: what the grammar demands next, another field of the request forbids.")
 
     def accept(self, token_id: int) -> None:
-        for part in self._parts:
+        for part in self.parts:
             part.accept(token_id)

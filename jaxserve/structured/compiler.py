@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from jaxserve.errors import InvalidRequestError, OverloadedError
+from jaxserve.errors import ConstraintError, InvalidRequestError, OverloadedError
 from jaxserve.structured.compiled_grammar import CompiledGrammar
 from jaxserve.structured.grammar import GrammarError, lark_text, reason_of
 from jaxserve.structured.vocabulary import Vocabulary, is_installed, limits_of
@@ -65,7 +65,7 @@ class GrammarLimits:
     initial_lexer_fuel: int = 1_000_000
     step_lexer_fuel: int = 100_000
     step_max_items: int = 5_000
-    max_items_in_row: int = 500
+    max_items_in_row: int = 1_000
 
 
 class _Job:
@@ -227,7 +227,12 @@ class GrammarCompiler:
         )
         if matcher.is_error():
             raise GrammarError(*_judgement(params.kind, reason_of(matcher.get_error())))
-        return CompiledGrammar(self._vocabulary, matcher)
+        compiled = CompiledGrammar(self._vocabulary, matcher)
+        try:  # what is too much for a step often is so for the first one, and its tables are made for later ones
+            compiled.start(()).restrict(self._vocabulary.text_words | self._vocabulary.end_words)
+        except ConstraintError as error:
+            raise GrammarError(*_judgement(params.kind, str(error).removeprefix(f"{PREFIX}: ").rstrip("."))) from None
+        return compiled
 
     def _finish(
         self, key: bytes, params: StructuredOutputsParams, job: _Job, outcome: CompiledGrammar | GrammarError | Exception

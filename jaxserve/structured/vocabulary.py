@@ -7,6 +7,7 @@ for. The end-of-sequence tokens are allowed where the grammar is complete, and n
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ class Vocabulary:
     Attributes:
         size: the model's, padding included.
         library: `llguidance`'s own object.
+        executor: its threads, for the masks of several requests at once.
         text_words: bits of the tokens that have text.
         end_words: bits of the end-of-sequence tokens.
         opening_words: bits of the tokens that are spelled at the start of a text as elsewhere; None where all are.
@@ -52,6 +54,7 @@ class Vocabulary:
         self.end_words = words_of(size, ends)
         self.end_token_ids = frozenset(ends)
         self.opening_words = self._same_at_opening(tokens)
+        self.executor = llguidance.LLExecutor(max(1, min(8, len(os.sched_getaffinity(0)) // 2)))
         self.library = llguidance.LLTokenizer(_Wrapper(tokens, ends[0]), eos_token=ends)  # pyright: ignore[reportArgumentType]
 
     def begins_text(self, prompt_token_ids: Sequence[int]) -> bool:

@@ -17,7 +17,7 @@ from jaxserve.structured_outputs import StructuredOutputsParams
 from jaxserve.testing.constrained_sampler import PROMPT
 from jaxserve.tokenization.ascii_tokenizer import AsciiTokenizer
 from jaxserve.tokenization.piece_tokenizer import PieceTokenizer
-from jaxserve.tokenization.pieces import Spelling
+from jaxserve.tokenization.pieces import Opening, Spelling
 
 SCHEMAS = {
     "flat": {
@@ -259,6 +259,32 @@ def test_a_mask_is_what_a_brute_force_allows(small, regex):
             ((*ids, i), text + small.tokenizer.TOKENS[i]) for i in following if len(text + small.tokenizer.TOKENS[i]) <= 3
         ]
     assert seen > 10
+
+
+class OpeningTokenizer(AsciiTokenizer):
+    """As SentencePiece with a dummy prefix: the space of a text's first token is not written."""
+
+    TOKENS = (b"", b"a", b" a", b" ", b"b", b" b")
+
+    def __init__(self):
+        opening = Opening(lambda i: self.TOKENS[i].removeprefix(b" "))
+        spelling = Spelling(lambda i: self.TOKENS[i] or b"</s>", opening)
+        PieceTokenizer.__init__(self, spelling, len(self.TOKENS), {"</s>": 0}, eos_token_ids=(0,))
+
+
+def test_the_first_token_of_a_text_is_what_its_text_says(make_sampler):
+    """A grammar reads a token's bytes, and where the text would lose one of them the token is not allowed."""
+    sampler = make_sampler(OpeningTokenizer())
+    compiled = sampler.compiler.compile(StructuredOutputsParams(regex="( ?[ab])+"))
+    assert set(sampler.allowed(compiled.start((4,)))) == {1, 2, 3, 4, 5}
+    for prompt in ((), (0,), (0, 0)):
+        state = compiled.start(prompt)
+        assert set(sampler.allowed(state)) == {1, 4}
+        with pytest.raises(ConstraintError):
+            compiled.start(prompt, (2,))
+        state.accept(1)
+        assert set(sampler.allowed(state)) == {0, 1, 2, 3, 4, 5}
+        assert sampler.tokenizer.new_stream(prompt).push([1, 2, 4]) == "a ab"
 
 
 def test_after_completion_the_end_alone_is_allowed(sampler):

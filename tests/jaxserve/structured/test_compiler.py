@@ -75,6 +75,8 @@ ERRORS = {
     "white space": ({"json_object": True, "whitespace_pattern": "("}, "json_object", "unclosed group"),
     "lookahead": ({"regex": "(?=a)b"}, "regex", "look-around.*syntax is that of Rust"),
     "open bracket": ({"regex": "("}, "regex", "unclosed group"),
+    "no beginning": ({"choice": ["é"]}, "choice", "cannot be continued"),
+    "endless loop": ({"json": {"$ref": "#"}}, "json", "cannot be continued"),
     "unknown rule": ({"grammar": "start: foo"}, "grammar", 'unknown name: "foo"'),
     "unknown GBNF rule": ({"grammar": "root ::= foo"}, "grammar", "GBNF.*Rule 'foo' not found"),
     "no root": ({"grammar": 'foo ::= "a"'}, "grammar", "No 'root' rule"),
@@ -109,6 +111,12 @@ def test_what_cannot_be_compiled_says_why(patient, name):
         assert caught.value.parameter == f"structured_outputs.{field}"
         assert len(str(caught.value)) < 700
         assert "backtrace" not in str(caught.value)
+
+
+def test_what_is_too_much_for_the_first_step_is_refused_at_once(samplers):
+    grammar = 'start: (("a"? "b"?){1,100000} "c"?){1,100000}'
+    with pytest.raises(InvalidRequestError, match="^structured_outputs.grammar must be .*Too many items"):
+        samplers["embedded"].compiler.compile(StructuredOutputsParams(grammar=grammar))
 
 
 def test_a_chain_of_rules_does_not_end_the_process(patient):
