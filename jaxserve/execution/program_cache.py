@@ -46,7 +46,7 @@ class ProgramCache:
         reasons: why programs were compiled that might have been kept.
     """
 
-    def __init__(self, directory: str | Path | None = None, devices: Iterable[jax.Device] = (), ingredients: Any = None):
+    def __init__(self, directory: str | Path | None = None, devices: Iterable[Any] = (), ingredients: Any = None):
         self.num_loaded = self.num_compiled = 0
         self.reasons: set[str] = set()
         self._devices = tuple(devices)

@@ -58,7 +58,7 @@ def digest(*texts: str) -> str:
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()
 
 
-def describe_process(devices: Sequence[jax.Device]) -> str:
+def describe_process(devices: Sequence[Any]) -> str:
     """Returns all that shapes every program of this process: our sources, versions, flags, processor and devices.
 
     Raises:
