@@ -148,6 +148,11 @@ class LLM:
             requests.append(self._engine.requests.make(token_ids, sampling))
         return self._run(requests, use_tqdm)
 
+    @property
+    def startup_s(self) -> dict[str, float]:
+        """How long the start took [s], by part; see `jaxserve.build.BuiltEngine`."""
+        return dict(self._engine.startup_s)
+
     def get_tokenizer(self) -> Tokenizer:
         """Returns the tokenizer; ConfigError where the engine has none."""
         if self._engine.tokenizer is None:
