@@ -18,6 +18,7 @@ from jaxserve.plan import PromptScores, StepPlan, StepResult
 from jaxserve.request import Request
 from jaxserve.scheduling.scheduler import Committed, Scheduler
 from jaxserve.structured.constraint import TokenConstraint
+from jaxserve.structured.rows import restrict_rows
 from jaxserve.tokenization.detokenizer import TextStream
 from jaxserve.tokenization.tokenizer import Tokenizer
 
@@ -152,22 +153,19 @@ class Engine:
 
     def _allowed(self, plan: StepPlan) -> tuple[dict[str, np.ndarray], list[TokenDelta]]:
         """Returns the mask words of each constrained sequence of a step; a constraint that gives up ends its request."""
-        num_words = -(-self._scheduler.config.vocab_size // 32)
-        allowed: dict[str, np.ndarray] = {}
+        constraints = {
+            s.request_id: stream.constraint
+            for s in plan.sequences
+            if s.has_constraint and (stream := self._streams.get(s.request_id)) and stream.constraint is not None
+        }  # who has ended meanwhile is not there: its token will be dropped
+        request_ids = list(constraints)
+        words_RW = np.full((len(request_ids), -(-self._scheduler.config.vocab_size // 32)), 0xFFFFFFFF, np.uint32)
+        failed = restrict_rows(dict(enumerate(constraints.values())), words_RW)
         failures = []
-        for s in plan.sequences:
-            stream = self._streams.get(s.request_id)
-            if not s.has_constraint or stream is None or stream.constraint is None:
-                continue  # ended meanwhile: its token will be dropped
-            words = np.full(num_words, 0xFFFFFFFF, np.uint32)
-            try:
-                stream.constraint.restrict(words)
-            except ConstraintError as error:
-                self._scheduler.finish(s.request_id)
-                failures.append(self._last_delta(stream, [], None, "error", None, error))
-                continue
-            allowed[s.request_id] = words
-        return allowed, failures
+        for row, error in failed.items():
+            self._scheduler.finish(request_ids[row])
+            failures.append(self._last_delta(self._streams[request_ids[row]], [], None, "error", None, error))
+        return {request_ids[row]: words_W for row, words_W in enumerate(words_RW) if row not in failed}, failures
 
     def _note_admissions(self, plan: StepPlan) -> None:
         if plan.admissions:

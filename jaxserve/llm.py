@@ -246,6 +246,11 @@ class LLM:
         """What the engine runs with: every field decided."""
         return self._engine.config
 
+    @property
+    def startup_s(self) -> dict[str, float]:
+        """How long the start took [s], by part; see `jaxserve.build.BuiltEngine`."""
+        return dict(self._engine.startup_s)
+
     def stats(self) -> EngineStats:
         """Returns a snapshot of the engine."""
         return self._engine.client.stats()

@@ -31,6 +31,10 @@ class CompilationCounter:
         """Returns how many programs this thread has had compiled."""
         return self._counts[thread.ident or 0]
 
+    def total(self) -> int:
+        """Returns how many programs all threads have had compiled."""
+        return self._counts.total()
+
     def num_cache_hits(self) -> int:
         """Returns how many of this thread's programs, counted above too, came from jax's persistent cache."""
         return self._cache_hits[threading.get_ident()]
