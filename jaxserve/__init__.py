@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jaxserve.async_engine import AsyncEngine
+    from jaxserve.async_llm import AsyncLLM
     from jaxserve.beam_search import BeamSearchParams
     from jaxserve.config import EngineConfig
     from jaxserve.errors import (
@@ -37,6 +38,7 @@ __version__ = "0.1.0.dev0"
 __all__ = [
     "LLM",
     "AsyncEngine",
+    "AsyncLLM",
     "BeamSearchParams",
     "CheckpointError",
     "CompletionOutput",
@@ -63,6 +65,7 @@ __all__ = [
 _MODULE_OF = {
     "LLM": "llm",
     "AsyncEngine": "async_engine",
+    "AsyncLLM": "async_llm",
     "BeamSearchParams": "beam_search",
     "CompletionOutput": "outputs",
     "EngineConfig": "config",

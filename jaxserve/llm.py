@@ -6,7 +6,6 @@ Prompts in, results out, in order. Runs no step itself: the engine's own thread 
 import queue
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from tqdm import tqdm
@@ -280,14 +279,13 @@ class LLM:
         add_special_tokens, truncation = tokenization_options(tokenization_kwargs or {})
         requests = []
         for index, (prompt, sampling, rank) in enumerate(zip(listed, params, priorities, strict=True)):
-            if truncation is not None:
-                sampling = replace(sampling or self.get_default_sampling_params(), truncate_prompt_tokens=truncation)
             try:
                 request = self._engine.requests.make(
                     plain_prompt(prompt),
                     sampling,
                     priority=rank or 0,
                     add_special_tokens=add_special_tokens,
+                    truncate_prompt_tokens=truncation,
                     pooling=pooling,
                 )
             except InvalidRequestError as error:

@@ -81,6 +81,7 @@ class RequestFactory:
         priority: int = 0,
         add_special_tokens: bool = True,
         parse_special: bool = False,
+        truncate_prompt_tokens: int | None = None,
         pooling: str | None = None,
     ) -> Request:
         """Returns the validated request; one of several completions is for `fan_out`, not yet for the engine.
@@ -92,6 +93,7 @@ class RequestFactory:
             priority: lower goes first.
             add_special_tokens: whether the tokenizer puts its own (such as bos) around a text.
             parse_special: whether special tokens written in a text count as such (a rendered chat template's do).
+            truncate_prompt_tokens: in place of sampling's.
             pooling: "last" or "mean": the prompt's embedding in place of a completion; of sampling only
                 truncate_prompt_tokens and skip_reading_prefix_cache matter then.
 
@@ -101,6 +103,8 @@ class RequestFactory:
         if pooling is not None:
             sampling = _pooling_params(pooling, sampling)
         sampling = sampling if sampling is not None else self.default_sampling
+        if truncate_prompt_tokens is not None:
+            sampling = replace(sampling, truncate_prompt_tokens=truncate_prompt_tokens)
         check_sampling(sampling, self._config, has_tokenizer=self._tokenizer is not None)
         if isinstance(prompt, str):
             token_ids = self._encode(prompt, add_special_tokens, parse_special)

@@ -15,10 +15,16 @@ ROOT = pathlib.Path(jaxserve.__file__).parent.parent
 PUBLIC = {
     "LLM",
     "AsyncEngine",
+    "AsyncLLM",
+    "BeamSearchParams",
     "CompletionOutput",
     "EngineConfig",
+    "FlatLogprobs",
     "Logprob",
+    "PoolingRequestOutput",
+    "RepetitionDetection",
     "RequestOutput",
+    "RequestOutputKind",
     "SamplingParams",
     "__version__",
 }
