@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from jaxserve.errors import (
         CheckpointError,
         ConfigError,
+        ConstraintError,
         DrainingError,
         EngineDeadError,
         IntegrityError,
@@ -43,6 +44,7 @@ __all__ = [
     "CheckpointError",
     "CompletionOutput",
     "ConfigError",
+    "ConstraintError",
     "DrainingError",
     "EngineConfig",
     "EngineDeadError",

@@ -5,8 +5,9 @@ Knows prompts, parameters and results; what is not read yet is `async_engine`'s.
 
 import asyncio
 import contextlib
+import uuid
 import weakref
-from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from jaxserve.async_engine import AsyncEngine
@@ -63,7 +64,7 @@ class AsyncLLM:
         self._building: asyncio.Task[BuiltEngine] | None = None
         self._built: BuiltEngine | None = None
         self._engine: AsyncEngine | None = None
-        self._children: dict[str, tuple[str, ...]] = {}
+        self._holders: dict[str, _Holder] = {}
         self._is_closed = False
 
     # --- its life -------------------------------------------------------------------------------------------------
@@ -119,12 +120,11 @@ class AsyncLLM:
             DrainingError, EngineDeadError: the engine takes nothing, or has stopped after an error.
         """
         built, engine = await self._ready()
-        request = await self._request(built, prompt, sampling_params, request_id, priority, tokenization_kwargs)
-        children = built.requests.fan_out(request)
-        result = PromptResult(request, children)
-        with self._holding(request.request_id, children):
-            streams = [engine.stream_batches(child) for child in children]
-            async with contextlib.aclosing(_merged(streams)) as batches:
+        with self._holding(request_id) as holder:
+            request = await self._request(built, prompt, sampling_params, holder.request_id, priority, tokenization_kwargs)
+            children = built.requests.fan_out(request)
+            result = PromptResult(request, children)
+            async with contextlib.aclosing(holder.run(engine, children)) as batches:
                 async for deltas in batches:
                     output = result.add(deltas, request.sampling.output_kind)
                     if output is not None:
@@ -141,10 +141,10 @@ class AsyncLLM:
     ) -> PoolingRequestOutput[PoolingOutput]:
         """Returns a prompt's pooled hidden state; arguments and errors as in `generate` and `LLM.encode`."""
         built, engine = await self._ready()
-        request = await self._request(built, prompt, None, request_id, priority, tokenization_kwargs, pooling)
-        result = PoolingResult(request)
-        with self._holding(request.request_id, (request,)):
-            async with contextlib.aclosing(engine.stream_batches(request)) as batches:
+        with self._holding(request_id) as holder:
+            request = await self._request(built, prompt, None, holder.request_id, priority, tokenization_kwargs, pooling)
+            result = PoolingResult(request)
+            async with contextlib.aclosing(holder.run(engine, (request,))) as batches:
                 async for deltas in batches:
                     if (output := result.add(deltas)) is not None:
                         return output
@@ -153,8 +153,8 @@ class AsyncLLM:
     async def abort(self, request_id: str | Iterable[str]) -> None:
         """Ends requests: their streams get a last output with finish_reason "abort". Unknown ids are ignored."""
         ids = [request_id] if isinstance(request_id, str) else list(request_id)
-        if self._engine is not None:
-            self._engine.abort([child for i in ids for child in self._children.get(i, ())])
+        for holder in (self._holders[i] for i in ids if i in self._holders):
+            holder.abort()
 
     # --- the engine -----------------------------------------------------------------------------------------------
 
@@ -206,7 +206,7 @@ class AsyncLLM:
         built: BuiltEngine,
         prompt: Prompt,
         sampling: SamplingParams | None,
-        request_id: str | None,
+        request_id: str,
         priority: int,
         tokenization_kwargs: Mapping[str, Any] | None,
         pooling: str | None = None,
@@ -227,36 +227,55 @@ class AsyncLLM:
         )
 
     @contextlib.contextmanager
-    def _holding(self, request_id: str, children: Sequence[Request]) -> Iterator[None]:
+    def _holding(self, request_id: str | None) -> "Iterator[_Holder]":
         """Keeps a request's id for as long as it runs; one that fans out has no id of its own in the engine."""
-        if request_id in self._children:
+        request_id = request_id or uuid.uuid4().hex
+        if request_id in self._holders:
             raise InvalidRequestError("request_id", request_id, "unused by any running request")
-        self._children[request_id] = tuple(child.request_id for child in children)
+        holder = self._holders[request_id] = _Holder(request_id)
         try:
-            yield
+            yield holder
         finally:
-            del self._children[request_id]
+            del self._holders[request_id]
 
 
-async def _merged(streams: Sequence[AsyncGenerator[list[TokenDelta], None]]) -> AsyncGenerator[list[TokenDelta], None]:
-    """Yields what any of the streams brings, as it comes; leaving early closes them all."""
-    async with contextlib.AsyncExitStack() as stack:
-        for stream in streams:
-            await stack.enter_async_context(contextlib.aclosing(stream))
-        reading = {asyncio.ensure_future(_next(stream)): stream for stream in streams}
-        try:
-            while reading:
-                done, _ = await asyncio.wait(reading, return_when=asyncio.FIRST_COMPLETED)
-                for task in done:
-                    stream = reading.pop(task)
-                    batch = task.result()
-                    if batch is not None:
-                        reading[asyncio.ensure_future(_next(stream))] = stream
-                        yield batch
-        finally:
-            for task in reading:
-                task.cancel()
-            await asyncio.gather(*reading, return_exceptions=True)
+class _Holder:
+    """A running request: from its id to the completions that run for it. An abort counts from the first moment on."""
+
+    def __init__(self, request_id: str):
+        self.request_id = request_id
+        self._is_aborted = False
+        self._abort_children: Callable[[], None] | None = None
+
+    def abort(self) -> None:
+        self._is_aborted = True
+        if self._abort_children is not None:
+            self._abort_children()
+
+    async def run(self, engine: AsyncEngine, children: Sequence[Request]) -> AsyncGenerator[list[TokenDelta], None]:
+        """Yields what any of the completions brings, as it comes; leaving early aborts them all."""
+        async with contextlib.AsyncExitStack() as stack:
+            streams = [engine.stream_batches(child) for child in children]
+            for stream in streams:
+                await stack.enter_async_context(contextlib.aclosing(stream))
+            reading = {asyncio.ensure_future(_next(stream)): stream for stream in streams}
+            try:
+                await asyncio.sleep(0)  # all of them are submitted now
+                self._abort_children = lambda: engine.abort([child.request_id for child in children])
+                if self._is_aborted:
+                    self._abort_children()
+                while reading:
+                    done, _ = await asyncio.wait(reading, return_when=asyncio.FIRST_COMPLETED)
+                    for task in done:
+                        stream = reading.pop(task)
+                        batch = task.result()
+                        if batch is not None:
+                            reading[asyncio.ensure_future(_next(stream))] = stream
+                            yield batch
+            finally:
+                for task in reading:
+                    task.cancel()
+                await asyncio.gather(*reading, return_exceptions=True)
 
 
 async def _next(stream: AsyncGenerator[list[TokenDelta], None]) -> list[TokenDelta] | None:

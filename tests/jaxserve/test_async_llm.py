@@ -63,7 +63,7 @@ def run(built, monkeypatch):
                 llm = AsyncLLM("toy")
                 result = await body(llm)
                 await idle(llm)
-                assert not llm._children
+                assert not llm._holders
                 return result
 
         return asyncio.run(main())
@@ -146,14 +146,19 @@ def test_leaving_a_stream_aborts_all_of_its_completions(run):
     run(body)
 
 
-def test_an_abort_ends_a_stream_with_a_last_output(run):
+@pytest.mark.parametrize("num_turns", [0, 1, 2, 200])
+def test_an_abort_ends_a_stream_with_a_last_output(run, num_turns):
+    """From the first moment on: while the prompt is tokenized, when it is just submitted, when it runs."""
+
     async def body(llm):
-        async def abort_at_once():
-            while not llm._children:
+        async def abort():
+            while not llm._holders:
+                await asyncio.sleep(0)
+            for _ in range(num_turns):
                 await asyncio.sleep(0)
             await llm.abort(["one", "unknown"])
 
-        outputs, _ = await asyncio.gather(outputs_of(llm, "abc", greedy(250, FINAL_ONLY, n=2), "one"), abort_at_once())
+        outputs, _ = await asyncio.gather(outputs_of(llm, "abc", greedy(250, FINAL_ONLY, n=2), "one"), abort())
         (output,) = outputs
         assert output.finished
         assert [c.finish_reason for c in output.outputs] == ["abort"] * 2
