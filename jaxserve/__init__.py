@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from jaxserve.llm import LLM
     from jaxserve.outputs import CompletionOutput, FlatLogprobs, Logprob, PoolingRequestOutput, RequestOutput
     from jaxserve.request import RepetitionDetection, RequestOutputKind, SamplingParams
+    from jaxserve.structured_outputs import StructuredOutputsParams
 
 __version__ = "0.1.0.dev0"
 
@@ -60,6 +61,7 @@ __all__ = [
     "RequestOutput",
     "RequestOutputKind",
     "SamplingParams",
+    "StructuredOutputsParams",
     "UnknownModelError",
     "__version__",
 ]
@@ -78,6 +80,7 @@ _MODULE_OF = {
     "RequestOutput": "outputs",
     "RequestOutputKind": "request",
     "SamplingParams": "request",
+    "StructuredOutputsParams": "structured_outputs",
 }
 """Where a public name lives; every other one lives in `errors`."""
 

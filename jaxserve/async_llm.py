@@ -195,11 +195,11 @@ class AsyncLLM:
         if self._building is None:
             building = asyncio.to_thread(self._arguments.build, show_progress=False)
             self._building = asyncio.ensure_future(building)
-        self._built = await asyncio.shield(self._building)  # one that waits may be cancelled: the others go on
+        built = await asyncio.shield(self._building)  # one that waits may be cancelled: the others go on
         if self._engine is None:
-            self._engine = AsyncEngine(self._built.client)
-            weakref.finalize(self, self._built.client.close)  # one that is dropped must not hold its memory
-        return self._built, self._engine
+            self._built, self._engine = built, AsyncEngine(built.client)
+            weakref.finalize(self, built.client.close)  # one that is dropped must not hold its memory
+        return built, self._engine
 
     async def _request(
         self,

@@ -15,6 +15,7 @@ from typing import Any
 
 from jaxserve.config import LOGPROBS_MODES
 from jaxserve.errors import InvalidRequestError
+from jaxserve.structured_outputs import StructuredOutputsParams
 
 GREEDY_BELOW = 1e-5
 """Temperatures below this are greedy (vLLM's _SAMPLING_EPS)."""
@@ -171,7 +172,7 @@ class SamplingParams:
     spaces_between_special_tokens: bool = True
     include_stop_str_in_output: bool = False
     truncate_prompt_tokens: int | None = None
-    structured_outputs: Any = field(default=None, hash=False)
+    structured_outputs: StructuredOutputsParams | None = None
     logit_bias: Mapping[int, float] | None = field(default=None, hash=False)
     allowed_token_ids: Sequence[int] | None = None
     bad_words: Sequence[str] | None = None
@@ -225,6 +226,8 @@ class SamplingParams:
             raise InvalidRequestError("output_kind", self.output_kind, "a RequestOutputKind")
         if not (self.skip_reading_prefix_cache is None or isinstance(self.skip_reading_prefix_cache, bool)):
             raise InvalidRequestError("skip_reading_prefix_cache", self.skip_reading_prefix_cache, "True, False or None")
+        if not isinstance(self.structured_outputs, StructuredOutputsParams | None):
+            raise InvalidRequestError("structured_outputs", self.structured_outputs, "a StructuredOutputsParams or None")
         if not isinstance(self.repetition_detection, RepetitionDetection | None):
             raise InvalidRequestError("repetition_detection", self.repetition_detection, "a RepetitionDetection or None")
 

@@ -26,6 +26,7 @@ PUBLIC = {
     "RequestOutput",
     "RequestOutputKind",
     "SamplingParams",
+    "StructuredOutputsParams",
     "__version__",
 }
 

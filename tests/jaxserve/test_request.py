@@ -8,6 +8,7 @@ import pytest
 
 from jaxserve.errors import InvalidRequestError
 from jaxserve.request import SAMPLING_FIELDS, RepetitionDetection, Request, RequestOutputKind, SamplingParams
+from jaxserve.structured_outputs import StructuredOutputsParams
 
 NAN, INF = float("nan"), float("inf")
 NOT_A_NUMBER = ["1", b"1", None, [1], (), object(), 1j, True, np.True_, NAN, INF, -INF, np.float32("nan")]
@@ -81,6 +82,7 @@ def cases(names, values, but=()):
         *cases("skip_reading_prefix_cache", [0, 1, "", np.True_]),
         *cases("logprobs_mode", ["", "RAW", "raw_logprobs", 0, True]),
         *cases("output_kind", [None, 0, "DELTA"]),
+        *cases("structured_outputs", [{}, {"json": {}}, "x", True]),
         *cases("repetition_detection", [{}, True, {"max_pattern_size": 3}]),
         *cases("stop", ["", [""], ["a", ""], ["a", None], [b"a"], b"a", 0, 5, True, [["a"]], 1.5]),
         *cases("bad_words", ["", "a", [""], ["a", ""], ["a", None], [b"a"], b"a", 0, 5, True, [["a"]], 1.5]),
@@ -264,7 +266,7 @@ def test_greedy_is_below_vllms_epsilon(temperature, is_greedy):
     "value",
     [
         SamplingParams(stop=["a"]),
-        SamplingParams(logit_bias={1: 2}, extra_args={"a": [1]}, structured_outputs={"json": {}}),
+        SamplingParams(logit_bias={1: 2}, extra_args={"a": [1]}, structured_outputs=StructuredOutputsParams(json={})),
         Request(request_id="a", prompt_token_ids=(1,), sampling=SamplingParams()),
     ],
 )

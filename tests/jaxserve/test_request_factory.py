@@ -8,6 +8,9 @@ import pytest
 from jaxserve.errors import InvalidRequestError
 from jaxserve.request import SamplingParams
 from jaxserve.request_factory import RequestFactory
+from jaxserve.structured.all_of import AllOf
+from jaxserve.structured.bad_words import BadWords
+from jaxserve.structured_outputs import StructuredOutputsParams
 from jaxserve.testing.fake_runner import toy_config
 from jaxserve.tokenization.ascii_tokenizer import AsciiTokenizer
 
@@ -133,7 +136,8 @@ def test_some_allowed_token_lets_the_completion_go_on(factory):
 @pytest.mark.parametrize("name", ["stop", "bad_words", "structured_outputs"])
 def test_texts_need_a_tokenizer(name):
     with pytest.raises(InvalidRequestError, match=f"^{name} must be empty, as this engine has no tokenizer"):
-        RequestFactory(toy_config(), None).make([5], SamplingParams(**{name: ["x"]}))
+        value = StructuredOutputsParams(regex="x") if name == "structured_outputs" else ["x"]
+        RequestFactory(toy_config(), None).make([5], SamplingParams(**{name: value}))
 
 
 def test_a_budget_of_thinking_needs_an_engine_that_knows_thinking(factory):
@@ -170,20 +174,34 @@ def test_a_prompt_is_truncated_from_the_left(factory):
 class Compiler:
     """Knows one grammar."""
 
-    def compile(self, spec):
-        if spec != "grammar":
-            raise InvalidRequestError("structured_outputs", spec, "a grammar")
+    def compile(self, params):
+        if params.regex != "a+":
+            raise InvalidRequestError("structured_outputs.regex", params.regex, "a+")
         return "compiled"
 
 
 def test_a_grammar_is_compiled_with_the_request(factory):
     own = RequestFactory(toy_config(), AsciiTokenizer(), compiler=Compiler())
-    assert own.make("a", SamplingParams(structured_outputs="grammar")).constraint == "compiled"
+    params = SamplingParams(structured_outputs=StructuredOutputsParams(regex="a+"))
+    request = own.make("a", params)
+    assert request.constraint == "compiled"
     assert own.make("a").constraint is None
-    with pytest.raises(InvalidRequestError, match="^structured_outputs must be a grammar"):
-        own.make("a", SamplingParams(structured_outputs="x"))
+    with pytest.raises(InvalidRequestError, match="^structured_outputs.regex must be a"):
+        own.make("a", SamplingParams(structured_outputs=StructuredOutputsParams(regex="b")))
     with pytest.raises(InvalidRequestError, match="^structured_outputs must be None, as this engine serves none"):
-        factory.make("a", SamplingParams(structured_outputs="grammar"))
+        factory.make("a", params)
+
+
+def test_bad_words_are_a_constraint_beside_the_grammar():
+    own = RequestFactory(toy_config(), AsciiTokenizer(), compiler=Compiler())
+    alone = own.make("a", SamplingParams(bad_words=["xy", "z"])).constraint
+    assert alone == BadWords((tuple(b"xy"), tuple(b"z")))
+    structured = StructuredOutputsParams(regex="a+")
+    both = own.make("a", SamplingParams(bad_words=["xy", "z"], structured_outputs=structured)).constraint
+    assert both == AllOf(("compiled", alone))
+    small = RequestFactory(toy_config(vocab_size=100), AsciiTokenizer())
+    with pytest.raises(InvalidRequestError, match=r"^bad_words must be of tokens in \[0, 100\)"):
+        small.make("a", SamplingParams(bad_words=["z"]))
 
 
 # --- the model's defaults -------------------------------------------------------------------------------------------------
