@@ -132,24 +132,29 @@ class RequestFactory:
             constraint=self._constraint(sampling),  # last: a grammar may take long
         )
 
-    def fan_out(self, request: Request) -> tuple[Request, ...]:
+    def fan_out(self, request: Request, *, shares_prompt_logprobs: bool = True) -> tuple[Request, ...]:
         """Returns the requests of `n` completions, each for the engine: the request itself where n is 1.
 
-        Completion i has the id `{id}-{i}` and the seed + i, as in vLLM; greedy ones are equal. The prompt's log-probabilities
-        are computed once, with completion 0.
+        Completion i has the id `{id}-{i}` and the seed + i, as in vLLM; greedy ones are equal.
+
+        Args:
+            shares_prompt_logprobs: the prompt's log-probabilities are computed once, with completion 0.
         """
         sampling = request.sampling
         if sampling.n == 1:
             return (request,)
-        return tuple(self._child(request, index) for index in range(sampling.n))
+        return tuple(
+            self._child(request, index, has_prompt_logprobs=index == 0 or not shares_prompt_logprobs)
+            for index in range(sampling.n)
+        )
 
-    def _child(self, request: Request, index: int) -> Request:
+    def _child(self, request: Request, index: int, *, has_prompt_logprobs: bool) -> Request:
         sampling = request.sampling
         own = replace(
             sampling,
             n=1,
             seed=None if sampling.seed is None else (sampling.seed + index) % 2**63,
-            prompt_logprobs=sampling.prompt_logprobs if index == 0 else None,
+            prompt_logprobs=sampling.prompt_logprobs if has_prompt_logprobs else None,
         )
         return replace(
             request,

@@ -8,6 +8,8 @@ from jaxserve.errors import InvalidRequestError
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 256
 MAX_STOP_TOKEN_IDS = 128
+MAX_BAD_WORDS = 128
+MAX_BAD_WORD_CHARS = 256
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
@@ -22,6 +24,17 @@ def check_stops(stop: Sequence[str], stop_token_ids: Sequence[int]) -> None:
             )
     if len(stop_token_ids) > MAX_STOP_TOKEN_IDS:
         raise InvalidRequestError("stop_token_ids", f"{len(stop_token_ids)} ids", f"at most {MAX_STOP_TOKEN_IDS} ids")
+
+
+def check_bad_words(bad_words: Sequence[str]) -> None:
+    """Raises InvalidRequestError where there are too many of them, or too long ones."""
+    if len(bad_words) > MAX_BAD_WORDS:
+        raise InvalidRequestError("bad_words", f"{len(bad_words)} strings", f"at most {MAX_BAD_WORDS} strings")
+    for text in bad_words:
+        if len(text) > MAX_BAD_WORD_CHARS:
+            raise InvalidRequestError(
+                "bad_words", f"a string of {len(text)} characters", f"strings of at most {MAX_BAD_WORD_CHARS} characters"
+            )
 
 
 def check_request_id(name: str, request_id: str) -> str:

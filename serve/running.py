@@ -110,13 +110,14 @@ class RunningRequests:
 
     @contextlib.asynccontextmanager
     async def open(
-        self, request_id: str, make: Callable[[], Request], record: CallRecord
+        self, request_id: str, make: Callable[[], Request], record: CallRecord, *, shares_prompt: bool = False
     ) -> AsyncIterator["RunningRequest"]:
         """Admits a request; its permit and its id are held for as long as the `async with` block lasts.
 
         Args:
             make: returns the request, of this very id; runs in a thread.
             record: gets what becomes known.
+            shares_prompt: whether its prompt was counted with another request of the call: one of its n completions.
 
         Raises:
             DrainingError, OverloadedError: there is no room for it.
@@ -126,9 +127,10 @@ class RunningRequests:
         self.check_open()
         with self._admission.permit() as permit, self._holding(request_id) as holder:
             request = await asyncio.to_thread(make)
-            num_tokens = len(request.prompt_token_ids)
-            record.num_prompt_tokens += num_tokens
-            permit.take_tokens(num_tokens)
+            if not shares_prompt:
+                num_tokens = len(request.prompt_token_ids)
+                record.num_prompt_tokens += num_tokens
+                permit.take_tokens(num_tokens)
             yield RunningRequest(self, request, holder, record)
 
     def abort(self, request_ids: Sequence[str]) -> list[str]:

@@ -1,19 +1,30 @@
 """`/v1/completions`: from its JSON to a call, and from deltas to its choices."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from jaxserve.errors import InvalidRequestError
-from jaxserve.outputs import TokenDelta, TokenLogprobs
+from jaxserve.outputs import Logprob, TokenDelta, TokenLogprobs
 from jaxserve.request import Request, SamplingParams
 from serve.errors import relocated
-from serve.http.calls import Call, joined, shown_logprob
-from serve.http.fields import COMMON, check_model, flag, given_fields, sampling_params, stream_options
+from serve.http.calls import Call, fan_out, joined, shown_logprob, shown_prompt_logprobs, shown_token
+from serve.http.fields import (
+    COMMON,
+    MAX_CHOICES,
+    check_model,
+    flag,
+    given_fields,
+    respelled,
+    sampling_params,
+    stream_options,
+)
 from serve.running import RunningRequests
 
 ENDPOINT = "/v1/completions"
 ID_PREFIX = "cmpl-"
 MAX_PROMPTS = 64
+DEFAULT_MAX_TOKENS = 16
 
 _KNOWN = frozenset({*COMMON, "prompt", "echo", "add_special_tokens"})
 
@@ -29,18 +40,22 @@ def read_call(body: dict[str, Any], call_id: str, running: RunningRequests) -> C
     """
     given = given_fields(body, _KNOWN)
     check_model(given, running.config.model_name)
-    own = {name: given[name] for name in ("max_tokens", "logprobs") if name in given}
-    sampling = sampling_params(given, "max_tokens", **own)
-    prompts, is_list = _prompts(given.get("prompt"))
     echo = flag(given, "echo", False)
-    if echo and sampling.logprobs is not None:
-        raise InvalidRequestError("echo", True, "false with logprobs: those of a prompt are not served")
+    sampling = _sampling(given, running.requests.defaults, echo=echo)
+    prompts, is_list = _prompts(given.get("prompt"), sampling.n)
     if echo or any(isinstance(prompt, str) for prompt in prompts):
         running.need_tokenizer()
-    has_token_ids = flag(given, "return_token_ids", False)
+    form = _Form(
+        has_token_ids=flag(given, "return_token_ids", False),
+        names_token_ids=flag(given, "return_tokens_as_token_ids", False),
+        has_completion=not (echo and given.get("max_tokens") == 0),
+        has_prompt_logprobs="prompt_logprobs" in given,
+        token_text=running.need_tokenizer().token_text if echo else str,
+    )
 
     def new_choice(index: int, request: Request) -> CompletionChoice:
-        return CompletionChoice(index, request, _echoed(prompts[index], running) if echo else "", has_token_ids)
+        prompt = _echoed(prompts[index // sampling.n], request, running) if echo else None
+        return CompletionChoice(index, request, prompt, form)
 
     return Call(
         call_id=call_id,
@@ -49,29 +64,58 @@ def read_call(body: dict[str, Any], call_id: str, running: RunningRequests) -> C
         model=running.config.model_name,
         stream=stream_options(given),
         makers=[
-            _maker(prompt, f"prompt[{n}]" if is_list else "prompt", sampling, given, running)
-            for n, prompt in enumerate(prompts)
+            maker
+            for i, prompt in enumerate(prompts)
+            for maker in fan_out(
+                _maker(prompt, f"prompt[{i}]" if is_list else "prompt", sampling, given, running),
+                running.requests,
+                sampling.n,
+                shares_prompt_logprobs=False,
+            )
         ],
         new_choice=new_choice,
+        num_completions=sampling.n,
     )
 
 
-class CompletionChoice:
-    """See `calls.Choice`."""
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """What a client wants to see of a completion.
 
-    def __init__(self, index: int, request: Request, echoed: str, has_token_ids: bool):
+    Attributes:
+        names_token_ids: tokens are written as "token_id:5".
+        token_text: of a prompt's first token, which has no log-probability.
+        has_completion: False shows the echoed prompt alone.
+    """
+
+    has_token_ids: bool
+    names_token_ids: bool
+    has_completion: bool
+    has_prompt_logprobs: bool
+    token_text: Callable[[int], str]
+
+
+class CompletionChoice:
+    """See `calls.Choice`.
+
+    Args:
+        echoed: the prompt's text, to be shown before the completion; None where it is not.
+    """
+
+    def __init__(self, index: int, request: Request, echoed: str | None, form: _Form):
         self._index = index
         self._request = request
         self._num_logprobs = request.sampling.logprobs
-        self._has_token_ids = has_token_ids
-        self._before = echoed
+        self._form = form
+        self._echoes = echoed is not None
+        self._before = echoed or ""
         self._offset = 0
         self._is_first = True
 
     def chunks(self, deltas: Sequence[TokenDelta]) -> list[dict[str, Any]]:
         delta = joined(deltas)
         is_worth_it = (
-            delta.text or self._before or delta.finish_reason or self._num_logprobs is not None or self._has_token_ids
+            delta.text or self._before or delta.finish_reason or self._num_logprobs is not None or self._form.has_token_ids
         )
         return [self._choice(delta)] if is_worth_it else []
 
@@ -79,6 +123,8 @@ class CompletionChoice:
         return self._choice(joined(deltas))
 
     def _choice(self, delta: TokenDelta) -> dict[str, Any]:
+        if not self._form.has_completion:
+            delta = replace(delta, text="", token_ids=[], logprobs=[])
         choice: dict[str, Any] = {
             "index": self._index,
             "text": self._before + delta.text,
@@ -86,7 +132,9 @@ class CompletionChoice:
             "finish_reason": delta.finish_reason,
             "stop_reason": delta.stop_reason,
         }
-        if self._has_token_ids:
+        if self._form.has_prompt_logprobs:
+            choice["prompt_logprobs"] = shown_prompt_logprobs(delta.prompt_logprobs)
+        if self._form.has_token_ids:
             choice["token_ids"] = delta.token_ids
             if self._is_first:
                 choice["prompt_token_ids"] = list(self._request.prompt_token_ids)
@@ -95,30 +143,52 @@ class CompletionChoice:
         return choice
 
     def _logprobs(self, delta: TokenDelta) -> dict[str, Any]:
-        """As OpenAI has it here: four lists, and the chosen token beside the most likely ones."""
-        chosen = [entries[i] for i, entries in zip(delta.token_ids, delta.logprobs or (), strict=True)]
-        texts = [entry.decoded_token or "" for entry in chosen]
-        offsets = []
-        for text in texts:
+        """As OpenAI has it here: four lists, and the chosen token beside the most likely ones. An echoed prompt comes first."""
+        token_ids, places = delta.token_ids, list[TokenLogprobs | None](delta.logprobs or ())
+        if self._echoes and delta.prompt_logprobs is not None:
+            token_ids, places = [*self._request.prompt_token_ids, *token_ids], [*delta.prompt_logprobs, *places]
+        texts, offsets = [], []
+        for token_id, entries in zip(token_ids, places, strict=True):
+            text = self._text(
+                token_id, Logprob(0.0, 0, self._form.token_text(token_id)) if entries is None else entries[token_id]
+            )
+            texts.append(text)
             offsets.append(self._offset)
             self._offset += len(text)
         return {
             "tokens": texts,
-            "token_logprobs": [shown_logprob(entry.logprob) for entry in chosen],
-            "top_logprobs": [_by_text(entries) for entries in delta.logprobs or ()],
+            "token_logprobs": [
+                None if entries is None else shown_logprob(entries[i].logprob)
+                for i, entries in zip(token_ids, places, strict=True)
+            ],
+            "top_logprobs": [None if entries is None else self._by_text(entries) for entries in places],
             "text_offset": offsets,
         }
 
+    def _text(self, token_id: int, entry: Logprob) -> str:
+        return shown_token(token_id, entry, self._form.names_token_ids)
 
-def _by_text(entries: TokenLogprobs) -> dict[str, float]:
-    """Where two tokens have one text, such as parts of a character, the more likely one stands for both."""
-    by_text: dict[str, float] = {}
-    for entry in sorted(entries.values(), key=lambda entry: entry.rank):
-        by_text.setdefault(entry.decoded_token or "", shown_logprob(entry.logprob))
-    return by_text
+    def _by_text(self, entries: TokenLogprobs) -> dict[str, float]:
+        """Where two tokens have one text, such as parts of a character, the more likely one stands for both."""
+        by_text: dict[str, float] = {}
+        for token_id, entry in sorted(entries.items(), key=lambda item: item[1].rank):
+            by_text.setdefault(self._text(token_id, entry), shown_logprob(entry.logprob))
+        return by_text
 
 
-def _prompts(value: Any) -> tuple[list[Prompt], bool]:
+def _sampling(given: Mapping[str, Any], defaults: Mapping[str, Any], *, echo: bool) -> SamplingParams:
+    """max_tokens is 16, as in vLLM, or what the model says if that is less; 0 is an echo alone. logprobs are an echo's, too."""
+    own = {name: given[name] for name in ("max_tokens", "logprobs") if name in given}
+    if echo and type(own.get("max_tokens")) is int and own["max_tokens"] == 0:
+        own["max_tokens"] = 1
+    if "max_tokens" not in own and "max_tokens" in defaults:
+        own["max_tokens"] = min(DEFAULT_MAX_TOKENS, defaults["max_tokens"])
+    if echo and "logprobs" in own and "prompt_logprobs" not in given:
+        own["prompt_logprobs"] = own["logprobs"]
+    return sampling_params(given, "max_tokens", defaults, **own)
+
+
+def _prompts(value: Any, num_completions: int) -> tuple[list[Prompt], bool]:
     """The prompts, and whether the client sent a list of them."""
     if isinstance(value, str):
         return [value], False
@@ -128,6 +198,8 @@ def _prompts(value: Any) -> tuple[list[Prompt], bool]:
         if all(isinstance(item, (str, list)) for item in value):
             if len(value) > MAX_PROMPTS:
                 raise InvalidRequestError("prompt", f"{len(value)} prompts", f"at most {MAX_PROMPTS} prompts")
+            if len(value) * num_completions > MAX_CHOICES:
+                raise InvalidRequestError("n", num_completions, f"at most {MAX_CHOICES} / {len(value)} prompts")
             return value, True
     raise InvalidRequestError("prompt", value, "a text, a list of token ids, or a list of such prompts")
 
@@ -147,10 +219,14 @@ def _maker(
                 add_special_tokens=add_special_tokens,
             )
         except InvalidRequestError as error:
-            raise relocated(error, path) if error.parameter in ("prompt", "prompt_token_ids") else error from None
+            if error.parameter in ("prompt", "prompt_token_ids"):
+                raise relocated(error, path) from None
+            raise respelled(error, given, "max_tokens") from None
 
     return make
 
 
-def _echoed(prompt: Prompt, running: RunningRequests) -> str:
-    return prompt if isinstance(prompt, str) else running.need_tokenizer().decode(prompt)
+def _echoed(prompt: Prompt, request: Request, running: RunningRequests) -> str:
+    if isinstance(prompt, str) and request.sampling.truncate_prompt_tokens is None:
+        return prompt
+    return running.need_tokenizer().decode(request.prompt_token_ids)

@@ -6,16 +6,20 @@ must not believe that it was obeyed. Knows no endpoint's own fields.
 
 import difflib
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from jaxserve.errors import InvalidRequestError
-from jaxserve.request import SamplingParams
+from jaxserve.request import ALL_LOGPROBS, RepetitionDetection, SamplingParams
 from serve.errors import WrongModelError, relocated
-from serve.limits import check_stops
+from serve.http import structured
+from serve.limits import check_bad_words, check_stops
 
 SAMPLING = (
     "n",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
     "temperature",
     "top_p",
     "top_k",
@@ -25,13 +29,35 @@ SAMPLING = (
     "stop_token_ids",
     "ignore_eos",
     "min_tokens",
+    "prompt_logprobs",
     "skip_special_tokens",
     "spaces_between_special_tokens",
     "include_stop_str_in_output",
+    "truncate_prompt_tokens",
+    "logit_bias",
+    "allowed_token_ids",
+    "bad_words",
+    "thinking_token_budget",
 )
 """Named alike in SamplingParams; max_tokens and logprobs differ from endpoint to endpoint."""
 
-COMMON = (*SAMPLING, "model", "stream", "stream_options", "priority", "return_token_ids", "max_tokens", "logprobs")
+COMMON = (
+    *SAMPLING,
+    *structured.FIELDS,
+    "model",
+    "stream",
+    "stream_options",
+    "priority",
+    "repetition_detection",
+    "return_token_ids",
+    "return_tokens_as_token_ids",
+    "max_tokens",
+    "logprobs",
+    "vllm_xargs",
+)
+
+MAX_CHOICES = 128
+"""Completions of one call, over all of its prompts."""
 
 WITHOUT_EFFECT = frozenset(
     {
@@ -48,40 +74,24 @@ WITHOUT_EFFECT = frozenset(
 """Taken and not looked at: they are about accounts, storage and routing, never about the answer."""
 
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
-    "allowed_token_ids": ([],),
     "audio": (),
-    "bad_words": ([],),
     "best_of": (1,),
     "cache_salt": (),
     "chat_template": (),
     "documents": ([],),
-    "frequency_penalty": (0,),
     "function_call": ("none",),
     "functions": ([],),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
     "kv_transfer_params": (),
     "length_penalty": (1,),
-    "logit_bias": ({},),
     "mm_processor_kwargs": ({},),
     "modalities": (["text"],),
     "prediction": (),
-    "presence_penalty": (0,),
     "prompt_embeds": (),
-    "prompt_logprobs": (),
-    "repetition_penalty": (1,),
-    "response_format": ({"type": "text"},),
-    "return_tokens_as_token_ids": (False,),
-    "structured_outputs": (),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),  # without tools
     "tools": ([],),
-    "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
     "verbosity": ("medium",),
-    "vllm_xargs": ({},),
     "web_search_options": (),
 }
 """Not served: name -> the values, besides null, that ask for nothing."""
@@ -131,22 +141,72 @@ def check_model(given: Mapping[str, Any], model_name: str) -> None:
         raise WrongModelError(f"model {model[:80]!r} is not served here; this is {model_name!r}.")
 
 
-def sampling_params(given: Mapping[str, Any], max_tokens_field: str, **own: Any) -> SamplingParams:
+def sampling_params(
+    given: Mapping[str, Any], max_tokens_field: str, defaults: Mapping[str, Any], **own: Any
+) -> SamplingParams:
     """The sampling parameters; errors name the fields as the client spells them.
 
     Args:
         max_tokens_field: the name of the endpoint's field for max_tokens.
+        defaults: the model's, for fields that are absent.
         **own: what the endpoint has read itself.
     """
-    for name in ("stop", "stop_token_ids"):
+    for name in ("stop", "stop_token_ids", "bad_words", "allowed_token_ids"):
         if isinstance(given.get(name), dict):  # it would do for a list
             raise InvalidRequestError(name, given[name], "a list")
+    values = {name: default for name, default in defaults.items() if name in SAMPLING}
+    values |= {name: given[name] for name in SAMPLING if name in given}
+    if values.get("allowed_token_ids") == []:  # as clients say "all"
+        del values["allowed_token_ids"]
+    values |= own
+    for name in ("logprobs", "prompt_logprobs"):
+        if values.get(name) == ALL_LOGPROBS:
+            raise InvalidRequestError(name, ALL_LOGPROBS, "at least 0: the whole vocabulary is too much for JSON")
+    if "prompt_logprobs" in given and given.get("stream") is True:
+        raise InvalidRequestError("prompt_logprobs", given["prompt_logprobs"], "absent where stream is true, as in vLLM")
     try:
-        sampling = SamplingParams(**own, **{name: given[name] for name in SAMPLING if name in given})
+        sampling = SamplingParams(
+            **values,
+            structured_outputs=structured.structured_outputs(given),
+            repetition_detection=_repetition_detection(given.get("repetition_detection")),
+            extra_args=_extra_args(given.get("vllm_xargs")),
+        )
         check_stops(sampling.stop or (), sampling.stop_token_ids or ())
+        check_bad_words(sampling.bad_words or ())
     except InvalidRequestError as error:
-        raise relocated(error, max_tokens_field) if error.parameter == "max_tokens" else error from None
+        raise respelled(error, given, max_tokens_field) from None
+    if sampling.n > MAX_CHOICES:
+        raise InvalidRequestError("n", sampling.n, f"at most {MAX_CHOICES}")
     return sampling
+
+
+def respelled(error: InvalidRequestError, given: Mapping[str, Any], max_tokens_field: str) -> InvalidRequestError:
+    """The same error, its parameter as the client spells it; also for what the engine says later."""
+    head, _, tail = error.parameter.partition(".")
+    if head == "extra_args":
+        return relocated(error, f"vllm_xargs.{tail}" if tail else "vllm_xargs")
+    if error.parameter == "max_tokens":
+        return relocated(error, max_tokens_field)
+    return structured.respelled(error, given)
+
+
+def _repetition_detection(value: Any) -> RepetitionDetection | None:
+    if value is None:
+        return None
+    names = {field.name for field in fields(RepetitionDetection)}
+    if not isinstance(value, Mapping):
+        raise InvalidRequestError("repetition_detection", value, "an object")
+    for name in value:
+        if name not in names:
+            raise InvalidRequestError(f"repetition_detection.{name}", value[name], "absent: no such field is known")
+    return RepetitionDetection(**value)
+
+
+def _extra_args(value: Any) -> Any:
+    """A lone number stands for a list of one."""
+    if not isinstance(value, Mapping):
+        return value
+    return {name: [x] if isinstance(x, (int, float)) else x for name, x in value.items()}
 
 
 def stream_options(given: Mapping[str, Any]) -> StreamOptions:

@@ -7,6 +7,7 @@ Pure ASGI, because the answer's head waits for the first token: until then an er
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 from starlette.types import Receive, Scope, Send
@@ -69,8 +70,8 @@ class GenerationEndpoint:
     async def _run(self, call: Call, running: RunningRequests, reply: "_Reply", record: CallRecord) -> None:
         async with contextlib.AsyncExitStack() as stack:
             admitted = []
-            for request_id, make in zip(call.request_ids(), call.makers, strict=True):
-                opened = running.open(request_id, lambda make=make, request_id=request_id: make(request_id), record)
+            for index, (request_id, make) in enumerate(zip(call.request_ids(), call.makers, strict=True)):
+                opened = running.open(request_id, partial(make, request_id), record, shares_prompt=call.shares_prompt(index))
                 admitted.append(await stack.enter_async_context(opened))
             call.usage.num_prompt_tokens = record.num_prompt_tokens
             works = [self._follow(call, index, one, reply) for index, one in enumerate(admitted)]
@@ -88,7 +89,7 @@ class GenerationEndpoint:
         collected: list[TokenDelta] = []
         async with contextlib.aclosing(admitted.batches()) as batches:
             async for deltas in batches:
-                call.usage.add(deltas)
+                call.usage.add(deltas, is_first=not call.shares_prompt(index))
                 if not call.stream.is_stream:
                     collected.extend(deltas)
                 elif chunks := choice.chunks(deltas):

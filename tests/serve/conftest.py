@@ -128,7 +128,11 @@ class FakeClient:
 
     def _delta(self, request, token_ids, num, finish_reason):
         now = time.monotonic()
-        logprobs = None
+        logprobs = prompt_logprobs = None
+        if request.sampling.prompt_logprobs is not None and num == 0:
+            prompt_logprobs = [None] + [
+                {t: Logprob(-1.5, 4, chr(t)), 65: Logprob(-0.25, 1, "A")} for t in request.prompt_token_ids[1:]
+            ]
         if request.sampling.logprobs is not None:
             logprobs = [
                 {t: Logprob(-0.5, 2, chr(t)), 65: Logprob(-0.25, 1, "A"), 66: Logprob(-3.0, 3, "B")} for t in token_ids
@@ -143,6 +147,7 @@ class FakeClient:
             num_cached_tokens=3,
             timings=None if finish_reason is None else RequestTimings(now - 0.4, now - 0.3, now - 0.2, now),
             made_s=now if token_ids else None,
+            prompt_logprobs=prompt_logprobs,
         )
 
 
@@ -178,19 +183,21 @@ def resolved_config():
     )
 
 
-def built_engine(client, tokenizer):
+def built_engine(client, tokenizer, defaults=None):
     config = resolved_config()
     return SimpleNamespace(
         client=client,
         tokenizer=tokenizer,
         config=config,
-        requests=RequestFactory(config, tokenizer),
+        requests=RequestFactory(config, tokenizer, defaults=defaults),
         close=client.close,
     )
 
 
-def running_requests(client, tokenizer, *, max_requests=8, max_tokens=None, max_pending_tokens=4096, write_timeout_s=30.0):
-    built = built_engine(client, tokenizer)
+def running_requests(
+    client, tokenizer, *, max_requests=8, max_tokens=None, max_pending_tokens=4096, write_timeout_s=30.0, defaults=None
+):
+    built = built_engine(client, tokenizer, defaults)
     return RunningRequests(
         AsyncEngine(client, max_pending_tokens=max_pending_tokens),
         built.requests,

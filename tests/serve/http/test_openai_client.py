@@ -266,3 +266,112 @@ def test_a_client_that_leaves_aborts_its_request(with_http, client, until, is_st
 
     with_http(body)
     assert len(client.aborted) == 1
+
+
+# --- several completions, and log-probabilities of prompts -------------------------------------------------------------------
+
+
+def by_index(chunks):
+    """Texts, roles and finish reasons of a stream, by choice."""
+    found = {}
+    for choice in (choice for chunk in chunks for choice in chunk.choices):
+        texts, reasons = found.setdefault(choice.index, ([], []))
+        texts.append(choice.text if hasattr(choice, "text") else choice.delta.content or "")
+        reasons.append(choice.finish_reason)
+    return {index: ("".join(texts), [r for r in reasons if r]) for index, (texts, reasons) in found.items()}
+
+
+def test_several_completions_of_several_prompts(with_http, client):
+    options = {"model": "fake", "prompt": ["ab", "cde"], "n": 3, "max_tokens": 4, "seed": 7}
+
+    async def body(served):
+        whole = await served.api.completions.create(**options)
+        stream = await served.api.completions.create(**options, stream=True, stream_options={"include_usage": True})
+        return whole, [chunk async for chunk in stream]
+
+    whole, chunks = with_http(body)
+    assert [(c.index, c.text, c.finish_reason) for c in whole.choices] == [(i, text(4), "length") for i in range(6)]
+    assert by_index(chunks) == {i: (text(4), ["length"]) for i in range(6)}
+    assert whole.usage == chunks[-1].usage
+    assert (whole.usage.prompt_tokens, whole.usage.completion_tokens) == (2 + 3, 6 * 4), "a prompt counts once"
+    assert whole.usage.prompt_tokens_details.cached_tokens == 2 * 3
+    assert [r.sampling.seed for r in client.submitted] == [7, 8, 9] * 4
+    assert ["".join(map(chr, r.prompt_token_ids)) for r in client.submitted] == (["ab"] * 3 + ["cde"] * 3) * 2
+    assert len({r.request_id for r in client.submitted}) == 12
+
+
+def test_several_answers_of_one_conversation(with_http, client):
+    options = {"model": "fake", "messages": CONVERSATION, "n": 3, "max_tokens": 4, "temperature": 0}
+
+    async def body(served):
+        whole = await served.api.chat.completions.create(**options, extra_body={"prompt_logprobs": 1})
+        stream = await served.api.chat.completions.create(**options, stream=True)
+        return whole, [chunk async for chunk in stream]
+
+    whole, chunks = with_http(body)
+    assert [(c.index, c.message.content) for c in whole.choices] == [(i, text(4)) for i in range(3)]
+    assert by_index(chunks) == {i: (text(4), ["length"]) for i in range(3)}
+    assert whole.usage.prompt_tokens == len(RENDERED)
+    assert [r.sampling.prompt_logprobs for r in client.submitted[:3]] == [1, None, None], "computed once, for all"
+    places = whole.model_extra["prompt_logprobs"]
+    assert places[0] is None
+    assert places[1] == {
+        str(ord("s")): {"logprob": -1.5, "rank": 4, "decoded_token": "s"},
+        "65": {"logprob": -0.25, "rank": 1, "decoded_token": "A"},
+    }
+    assert len(places) == len(RENDERED)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("max_tokens", [0, 2])
+def test_an_echo_has_the_log_probabilities_of_the_prompt(with_http, stream, max_tokens):
+    """max_tokens=0 is how evaluations score a text: the prompt alone, with its log-probabilities."""
+    options = {"model": "fake", "prompt": "abc", "max_tokens": max_tokens, "logprobs": 1, "echo": True, "n": 2}
+
+    async def body(served):
+        if not stream:
+            return (await served.api.completions.create(**options)).choices
+        chunks = [chunk async for chunk in await served.api.completions.create(**options, stream=True)]
+        return [choice for chunk in chunks for choice in chunk.choices]
+
+    choices = with_http(body)
+    for index in range(2):
+        own = [choice for choice in choices if choice.index == index]
+
+        def joined(name, own=own):
+            return [value for choice in own for value in getattr(choice.logprobs, name)]
+
+        assert "".join(choice.text for choice in own) == "abc" + text(max_tokens)
+        assert joined("tokens") == list("abc" + text(max_tokens))
+        assert joined("token_logprobs") == [None, -1.5, -1.5] + [-0.5] * max_tokens
+        assert joined("top_logprobs")[:2] == [None, {"A": -0.25, "b": -1.5}]
+        assert joined("text_offset") == list(range(3 + max_tokens))
+
+
+def test_prompt_log_probabilities_are_a_field_of_their_own(with_http):
+    async def body(served):
+        answer = await served.api.completions.create(model="fake", prompt="ab", extra_body={"prompt_logprobs": 0})
+        with pytest.raises(openai.BadRequestError, match="prompt_logprobs must be absent where stream is true"):
+            await served.api.completions.create(model="fake", prompt="ab", stream=True, extra_body={"prompt_logprobs": 0})
+        return answer.choices[0]
+
+    choice = with_http(body)
+    assert choice.model_extra["prompt_logprobs"][0] is None
+    assert choice.model_extra["prompt_logprobs"][1]["98"]["logprob"] == -1.5
+    assert choice.logprobs is None
+
+
+def test_tokens_may_be_written_as_their_ids(with_http):
+    async def body(served):
+        extra = {"return_tokens_as_token_ids": True}
+        one = await served.api.completions.create(model="fake", prompt="ab", max_tokens=2, logprobs=1, extra_body=extra)
+        other = await served.api.chat.completions.create(
+            model="fake", messages=CONVERSATION, max_tokens=2, logprobs=True, top_logprobs=1, extra_body=extra
+        )
+        return one.choices[0].logprobs, other.choices[0].logprobs.content
+
+    completion, answer = with_http(body)
+    assert completion.tokens == ["token_id:32", "token_id:33"]
+    assert set(completion.top_logprobs[0]) == {"token_id:32", "token_id:65", "token_id:66"}
+    assert [entry.token for entry in answer] == completion.tokens
+    assert answer[0].top_logprobs[0].token == "token_id:65"

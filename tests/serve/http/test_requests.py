@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from jaxserve.request import RepetitionDetection
 from jaxserve.tokenization.ascii_tokenizer import AsciiTokenizer
 from serve.http.fields import NEUTRAL, WITHOUT_EFFECT
 
@@ -35,14 +36,42 @@ def valid(path):
         (COMPLETIONS, "max_tokens", "1", "max_tokens"),
         (COMPLETIONS, "max_tokens", True, "max_tokens"),
         (COMPLETIONS, "max_tokens", 2**63, "max_tokens"),
-        (COMPLETIONS, "n", 2, "n"),
+        (COMPLETIONS, "n", 129, "n"),
+        (COMPLETIONS, "n", 0, "n"),
+        (COMPLETIONS, "presence_penalty", 2.5, "presence_penalty"),
+        (COMPLETIONS, "frequency_penalty", "1", "frequency_penalty"),
+        (COMPLETIONS, "repetition_penalty", 0, "repetition_penalty"),
+        (COMPLETIONS, "logit_bias", {"x": 1}, "logit_bias"),
+        (COMPLETIONS, "logit_bias", {"128": 1}, "logit_bias"),
+        (COMPLETIONS, "logit_bias", {"5": "1"}, "logit_bias['5']"),
+        (COMPLETIONS, "logit_bias", [5], "logit_bias"),
+        (COMPLETIONS, "allowed_token_ids", [128], "allowed_token_ids"),
+        (COMPLETIONS, "allowed_token_ids", {"5": 1}, "allowed_token_ids"),
+        (COMPLETIONS, "bad_words", [f"w{i}" for i in range(129)], "bad_words"),
+        (COMPLETIONS, "bad_words", ["a" * 257], "bad_words"),
+        (COMPLETIONS, "bad_words", ["ö"], "bad_words"),
+        (COMPLETIONS, "bad_words", "a", "bad_words"),
+        (COMPLETIONS, "prompt_logprobs", -1, "prompt_logprobs"),
+        (COMPLETIONS, "prompt_logprobs", 6, "prompt_logprobs"),
+        (COMPLETIONS, "logprobs", -1, "logprobs"),
+        (COMPLETIONS, "truncate_prompt_tokens", 0, "truncate_prompt_tokens"),
+        (COMPLETIONS, "truncate_prompt_tokens", 4096, "truncate_prompt_tokens"),
+        (COMPLETIONS, "thinking_token_budget", 5, "thinking_token_budget"),
+        (COMPLETIONS, "repetition_detection", {"max_patern_size": 5}, "repetition_detection.max_patern_size"),
+        (COMPLETIONS, "repetition_detection", {"max_pattern_size": 5, "min_count": 1}, "repetition_detection.min_count"),
+        (COMPLETIONS, "repetition_detection", 5, "repetition_detection"),
+        (COMPLETIONS, "vllm_xargs", {"shift": [1]}, "vllm_xargs.shift"),
+        (COMPLETIONS, "vllm_xargs", {"shift": "1"}, "vllm_xargs.shift"),
+        (COMPLETIONS, "vllm_xargs", [1], "vllm_xargs"),
+        (COMPLETIONS, "guided_regex", "a+", "guided_regex"),
+        (COMPLETIONS, "return_tokens_as_token_ids", 1, "return_tokens_as_token_ids"),
         (COMPLETIONS, "top_p", 0, "top_p"),
         (COMPLETIONS, "seed", 2**64, "seed"),
         (COMPLETIONS, "stop", [""], "stop"),
         (COMPLETIONS, "stop", {"a": 1}, "stop"),
         (COMPLETIONS, "stop", ["x"] * 17, "stop"),
         (COMPLETIONS, "stop", ["x" * 257], "stop"),
-        (COMPLETIONS, "stop_token_ids", [1] * 129, "stop_token_ids"),
+        (COMPLETIONS, "stop_token_ids", list(range(129)), "stop_token_ids"),
         (COMPLETIONS, "stop_token_ids", [128], "stop_token_ids"),
         (COMPLETIONS, "logprobs", 6, "logprobs"),
         (COMPLETIONS, "logprobs", True, "logprobs"),
@@ -73,8 +102,6 @@ def valid(path):
         (CHAT, "continue_final_message", True, "continue_final_message"),
         (CHAT, "tools", [{"type": "function", "function": {"name": "f"}}], "tools"),
         (CHAT, "response_format", {"type": "json_object"}, "response_format"),
-        (CHAT, "logit_bias", {"5": 1}, "logit_bias"),
-        (CHAT, "presence_penalty", 0.5, "presence_penalty"),
         (CHAT, "presence_penalty", False, "presence_penalty"),
     ],
 )
@@ -94,7 +121,14 @@ def test_a_name_that_nobody_knows_gets_a_suggestion(ask):
 def test_what_asks_for_nothing_is_taken(ask, path):
     """Every field that is not served has values that clients send all the same, and null is always one."""
     own = {"suffix", "echo"} if path == CHAT else {"tools"}
-    neutral = {name: values[0] if values and name not in own else None for name, values in NEUTRAL.items()}
+    gone = {
+        "allowed_token_ids": [],
+        "bad_words": [],
+        "logit_bias": {},
+        "vllm_xargs": {},
+        "response_format": {"type": "text"},
+    }
+    neutral = gone | {name: values[0] if values and name not in own else None for name, values in NEUTRAL.items()}
     body = valid(path) | dict.fromkeys(WITHOUT_EFFECT, "x") | neutral | {"presence_penalty": 0.0}
     status, answer = ask(path, body)
     assert status == 200, answer
@@ -220,3 +254,47 @@ def test_before_the_model_is_loaded_everything_is_unavailable(with_http):
             assert (status, "retry-after" in headers) == (503, True), path
 
     with_http(body, is_ready=False)
+
+
+def test_sampling_fields_reach_the_engine(ask, client):
+    fields = {
+        "presence_penalty": 1,
+        "frequency_penalty": -0.5,
+        "repetition_penalty": 1.5,
+        "logit_bias": {"5": 200, "6": -1},
+        "allowed_token_ids": (5, 6),
+        "min_p": 0.25,
+        "top_k": 3,
+    }
+    for path in (COMPLETIONS, CHAT):
+        own = {
+            "truncate_prompt_tokens": 1,
+            "repetition_detection": {"max_pattern_size": 3, "min_count": 4},
+            "bad_words": ["x"],
+        }
+        status, answer = ask(path, valid(path) | fields | own)
+        assert status == 200, answer
+        request = client.submitted.pop()
+        assert {name: getattr(request.sampling, name) for name in fields} == fields | {"logit_bias": {5: 100, 6: -1}}
+        assert request.sampling.repetition_detection == RepetitionDetection(max_pattern_size=3, min_count=4)
+        assert request.constraint is not None
+        assert len(request.prompt_token_ids) == 1
+
+
+@pytest.mark.parametrize(("path", "limit"), [(COMPLETIONS, 16), (CHAT, 20)])
+def test_the_models_defaults_stand_for_fields_that_are_absent(ask, client, path, limit):
+    defaults = {"temperature": 0.5, "top_k": 7, "repetition_penalty": 1.25, "max_tokens": 20}
+    body = valid(path)
+    del body["max_tokens"]
+    assert ask(path, body | {"top_k": 2}, defaults=defaults)[0] == 200
+    sampling = client.submitted.pop().sampling
+    assert (sampling.temperature, sampling.top_k, sampling.repetition_penalty) == (0.5, 2, 1.25)
+    assert sampling.max_tokens == limit
+    assert ask(path, body | {"max_tokens": 30}, defaults=defaults)[0] == 200
+    assert client.submitted.pop().sampling.max_tokens == 30
+
+
+def test_choices_are_limited_over_all_prompts(ask):
+    status, error = ask(COMPLETIONS, {"prompt": ["a"] * 3, "n": 43, "max_tokens": 1})
+    assert (status, error["param"]) == (400, "n")
+    assert "at most 128 / 3 prompts" in error["message"]
