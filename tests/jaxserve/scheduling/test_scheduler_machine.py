@@ -120,18 +120,20 @@ class SchedulerMachine(RuleBasedStateMachine):
             self._step()
 
     @rule(
-        request_id=st.sampled_from(IDS),
+        choice=st.integers(0, 2),
         prompt_len=st.sampled_from([9, 3, 1]),
         max_tokens=st.sampled_from([10, 4]),
         worse_by=st.sampled_from([0, 1]),
         peak_host_bytes=st.sampled_from([0, 40]),
     )
-    def flood(self, request_id, prompt_len, max_tokens, worse_by, peak_host_bytes):
-        """Others keep arriving, none of better priority: one that is there ends all the same."""
-        if request_id not in self.live:
+    def flood(self, choice, prompt_len, max_tokens, worse_by, peak_host_bytes):
+        """Others keep arriving, none of better priority: one that is there ends all the same, also one that waits for much."""
+        if not self.live:
             return
-        request = self.live[request_id][0]
-        limit = bound_of(self, self.scheduler._sequences[request_id])
+        hardest = sorted(self.scheduler._sequences.values(), key=lambda s: (s.row is not None, -s.num_known))
+        sequence = hardest[min(choice, len(hardest) - 1)]
+        request_id, request = sequence.request_id, sequence.request
+        limit = bound_of(self, sequence)
         arrived = 0
         for _ in range(limit):
             if len(self.live) < len(IDS) + 2 * self.config.max_num_seqs:
@@ -139,7 +141,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 self.arrive(
                     f"flood {arrived}",
                     prompt_len,
-                    seed=arrived % 3,
+                    seed=arrived,
                     max_tokens=max_tokens,
                     priority=request.priority + worse_by * (arrived % 2),
                     stops=[],
@@ -253,7 +255,7 @@ def test_the_same_in_dense_traffic():
             num_ended += 1
             machine.end(request_id=draw.choice(IDS))
         if draw.random() < 0.03:
-            machine.flood(draw.choice(IDS), prompt_len=9, max_tokens=10, worse_by=0, peak_host_bytes=0)
+            machine.flood(choice=0, prompt_len=9, max_tokens=10, worse_by=0, peak_host_bytes=0)
         machine.steps(count=draw.choice([1, 2, 5]))
         machine.books_balance()
     machine.teardown()
