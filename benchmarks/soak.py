@@ -3,8 +3,9 @@
     python -m benchmarks.soak --minutes 30
     python -m benchmarks.soak --minutes 10 --model tiny --seed 3
 
-Clients with random prompts (some begin alike), random priorities and every sampling parameter at random; some go away in the
-middle, some are aborted. The pool is small, so that requests are preempted all the time. A line a minute. At the end, exit status 1 if
+Clients with random prompts (some begin alike), random priorities and every sampling parameter at random; some go away in
+the middle, some are aborted. The pool is small, so that requests are preempted all the time. A line a minute. At the
+end, exit status 1 if
 
 - resident memory has grown by more than GROWTH since the warm-up, the first third of the run;
 - the engine is not as empty as when it started: pages, rows, host memory, tables of requests on every level;
@@ -28,7 +29,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from jaxserve import SamplingParams
+from jaxserve import InvalidRequestError, SamplingParams
 from jaxserve.async_engine import AsyncEngine
 from jaxserve.build import BuiltEngine, build
 from jaxserve.checkpoints.load import load_parameters
@@ -36,9 +37,11 @@ from jaxserve.config import EngineConfig
 from jaxserve.model_source import ModelSource, find_model, own_model
 from jaxserve.models.registry import make_model
 from jaxserve.outputs import TokenDelta
+from jaxserve.request import Request
 from jaxserve.testing import oracle
 from jaxserve.testing.near_ties import NEAR_TIE
-from jaxserve.testing.random_params import random_sampling_params
+from jaxserve.testing.random_params import Limits, random_params
+from jaxserve.testing.sampling_oracle import adjusted
 from jaxserve.testing.tiny_checkpoint import TinyModel, caller_params
 
 LIMITS = {
@@ -54,6 +57,7 @@ LIMITS = {
 
 NUM_CLIENTS = 32
 MAX_PROMPT_LEN = 400
+MAX_TOKENS = 48
 SAMPLE_SIZE = 200
 GROWTH = 0.02
 """Of resident memory, between the medians of the first and the last fifth after the warm-up; the allocator wanders by 1 %."""
@@ -65,8 +69,7 @@ TINY = TinyModel(vocab_size=320, seed=1, max_position_embeddings=512)
 class Answer:
     """What a request was, and what it got."""
 
-    prompt: list[int]
-    params: SamplingParams
+    request: Request
     token_ids: list[int] = field(default_factory=list)
     finish_reason: str | None = None
 
@@ -75,6 +78,7 @@ class Answer:
 class Tally:
     """What has happened so far."""
 
+    num_refused: int = 0
     num_finished: int = 0
     num_gone: int = 0
     num_aborted: int = 0
@@ -132,12 +136,16 @@ class Traffic:
 
     async def _ask(self) -> None:
         draw, tally = self._draw, self.tally
-        params = random_sampling_params(draw, self._vocab_size, self._built.tokenizer)
-        answer = Answer(self._prompt(), params)
+        params = random_params(draw, Limits(self._vocab_size, max_tokens=MAX_TOKENS))
         self._num_requests += 1
-        request = self._built.requests.make(
-            answer.prompt, params, request_id=f"soak-{self._num_requests}", priority=draw.choice([0, 0, 0, -1, 1])
-        )
+        try:
+            request = self._built.requests.make(
+                self._prompt(), params, request_id=f"soak-{self._num_requests}", priority=draw.choice([0, 0, 0, -1, 1])
+            )
+        except InvalidRequestError:  # fields that contradict each other on this engine
+            tally.num_refused += 1
+            return
+        answer = Answer(request)
         leaves_after = draw.randint(0, 20) if draw.random() < 0.15 else None
         aborts = draw.random() < 0.5
         async with contextlib.aclosing(self.engine.stream(request)) as deltas:
@@ -153,7 +161,7 @@ class Traffic:
         tally.num_tokens += len(answer.token_ids)
         tally.num_gone += answer.finish_reason is None
         tally.num_aborted += answer.finish_reason == "abort"
-        if answer.finish_reason in ("stop", "length"):
+        if answer.finish_reason in ("stop", "length", "repetition"):
             tally.num_finished += 1
             if params.is_greedy or params.seed is not None:
                 tally.keep(answer, draw)
@@ -228,14 +236,26 @@ class Judge:
         place = next((i for i, (one, other) in enumerate(pairs) if one != other), None)
         if place is None:  # equal as far as both go
             return len(answer.token_ids) != len(alone)
-        context = [*answer.prompt, *answer.token_ids[:place]]
-        logits_V = oracle.logits(self._leaves, self._config, context, len(answer.prompt))[-1]
+        request, output = answer.request, answer.token_ids[:place]
+        params, prompt = request.sampling, request.prompt_token_ids
+        logits_V = oracle.logits(self._leaves, self._config, [*prompt, *output], len(prompt))[-1]
+        logits_V = adjusted(logits_V, params, prompt, output, _forbidden(request, output, len(logits_V)))
         low, high = sorted((answer.token_ids[place], alone[place]))
-        if answer.params.is_greedy:
-            return abs(logits_V[low] - logits_V[high]) > NEAR_TIE
+        if params.is_greedy:
+            return not abs(logits_V[low] - logits_V[high]) <= NEAR_TIE * max(params.repetition_penalty, 1)
         # A draw inverts the distribution function over token ids: it turns only from one token to the next that may come.
-        probs_V = _truncated(logits_V / answer.params.temperature, answer.params)
+        probs_V = _truncated(logits_V / params.temperature, params)
         return probs_V[low] == 0 or probs_V[high] == 0 or probs_V[low + 1 : high].sum() > NEAR_TIE
+
+
+def _forbidden(request: Request, output: list[int], vocab_size: int) -> list[int]:
+    """Returns what may not come after this output: stop tokens that come too early, and what a constraint forbids."""
+    forbidden = set(request.stop_token_ids) if len(output) < request.sampling.min_tokens else set()
+    if request.constraint is not None:
+        words = np.full(-(-vocab_size // 32), 0xFFFFFFFF, np.uint32)
+        request.constraint.start(request.prompt_token_ids, output).restrict(words)
+        forbidden |= {i for i in range(vocab_size) if not words[i // 32] >> (i % 32) & 1}
+    return list(forbidden)
 
 
 def _truncated(logits_V: np.ndarray, params: SamplingParams) -> np.ndarray:
@@ -257,8 +277,7 @@ async def ask_alone(built: BuiltEngine, answers: list[Answer]) -> list[list[int]
     engine = AsyncEngine(built.client)
     results = []
     for answer in answers:
-        request = built.requests.make(answer.prompt, answer.params)
-        results.append([token async for delta in engine.stream(request) for token in delta.token_ids])
+        results.append([token async for delta in engine.stream(answer.request) for token in delta.token_ids])
     return results
 
 

@@ -104,6 +104,7 @@ GENERATORS: dict[str, Draw] = {
     "bad_words": _maybe(lambda rng, limits: rng.sample(STOPS, rng.randint(1, len(STOPS)))),
     "extra_args": _extra_args,
     "skip_reading_prefix_cache": _choice(None, True, False),
+    "thinking_token_budget": lambda rng, limits: None,
     "repetition_detection": _maybe(_repetition_detection),
 }
 """Field of `SamplingParams` -> how to draw it: half the time or so its default."""
