@@ -40,8 +40,8 @@ class EngineConfig:
         token_buckets: sizes of the mixed program [tokens]; fewer start faster, more pad less. The largest must be
             max_num_batched_tokens.
         sequence_buckets: sizes of the decode and head programs [sequences]; likewise, up to max_num_seqs.
-        compilation_cache_dir: where compiled programs are kept, so that the next start compiles nothing. None takes a directory of
-            the user, or leaves it to jax's persistent cache if that is configured; "" keeps nothing.
+        compilation_cache_dir: where compiled programs are kept, so that the next start compiles nothing. None takes a directory
+            of the user, or leaves it to jax's persistent cache if that is configured; "" keeps nothing.
         revision: of a Hub id.
     """
 
