@@ -17,8 +17,10 @@ from jax.sharding import PartitionSpec as P
 from jaxserve.execution import program_key, step
 from jaxserve.execution.program_key import UnknownDependency, describe
 from jaxserve.models import layers
+from jaxserve.models.gemma import read_gemma
 from jaxserve.models.linear import LinearContext
-from jaxserve.models.registry import make_model
+from jaxserve.models.llama import read_llama
+from jaxserve.models.registry import decoder_family, make_model
 from jaxserve.models.toy import Toy
 from sharding.mesh import TensorParallelism
 
@@ -43,7 +45,7 @@ def array(shape=(2, 3), dtype=jnp.float32, sharding=None):
 
 
 def bound(value):
-    """Returns a function of the package whose closure holds `value`."""
+    """Returns a function of the package that has bound `value`."""
     return functools.partial(layers.soft_capped, cap=value)
 
 
@@ -56,6 +58,7 @@ DIFFERENT = [
     (P(), P(None), P("x"), P("x", None), P(("x", "y")), ("x",)),
     (array(), array((3, 2)), array(dtype=jnp.bfloat16), array(sharding=NamedSharding(mesh(0), P()))),
     (mesh(0), mesh(1), mesh(0, 1), mesh(1, 0), mesh(0, name="y")),
+    (decoder_family(read_llama).make, decoder_family(read_gemma).make),
     (bound(1.0), bound(2.0), functools.partial(layers.soft_capped, 1.0), layers.soft_capped, layers.embed),
     (
         *(make_model(LLAMA | change) for change in ({}, {"rms_norm_eps": 1e-5}, {"rope_theta": 5e5}, {"vocab_size": 256})),
@@ -97,6 +100,7 @@ class Own:
         lambda logits: logits,
         functools.partial(step.backbone, model=OwnFamily(TensorParallelism())),
         bound(lambda: 1.0),
+        decoder_family(lambda config: read_llama(config)).make,
         Own(),
         Own,
         {"cap": Own()},
@@ -104,7 +108,7 @@ class Own:
         np.zeros(3),
         jnp.zeros,
     ],
-    ids=["function", "family", "closure", "dataclass", "class", "nested", "object", "array", "jax function"],
+    ids=["function", "family", "argument", "closure", "dataclass", "class", "nested", "object", "array", "jax function"],
 )
 def test_what_cannot_be_told_apart_is_refused(value):
     with pytest.raises(UnknownDependency):

@@ -1,4 +1,4 @@
-"""The ladder's programs are made smallest first, several at a time, and after an error or Ctrl-C no more of them."""
+"""The ladder's programs are made smallest first, several at a time."""
 
 import threading
 
@@ -20,17 +20,14 @@ def runner(tiny_llm, monkeypatch):
 class Jobs:
     """Stands for the program cache: notes what is asked for, and waits for company if told to."""
 
-    def __init__(self, num_at_a_time=1, fails_at=None):
-        self.asked, self.num_started, self._fails_at = [], 0, fails_at
+    def __init__(self, num_at_a_time=1):
+        self.asked = []
         self._company = threading.Barrier(num_at_a_time)
         self._lock = threading.Lock()
 
     def load_or_compile(self, compile_program, function, in_specs, out_specs, arguments, *options):
         with self._lock:
-            self.num_started += 1
             self.asked.append((function.__qualname__.split(".")[1], arguments[-1].size))
-        if self.num_started == self._fails_at:
-            raise KeyboardInterrupt
         self._company.wait(TIMEOUT_S)
 
 
@@ -51,11 +48,3 @@ def test_several_at_a_time(runner, monkeypatch):
     at_a_time = next(n for n in (2, 3, 5, 7) if num_programs % n == 0)
     monkeypatch.setattr(runner._factory, "_cache", Jobs(at_a_time))  # each waits for its company: one at a time would hang
     runner.warmup(num_threads=at_a_time)
-
-
-def test_after_an_interruption_nothing_more_is_begun(runner, monkeypatch):
-    jobs = Jobs(fails_at=2)
-    monkeypatch.setattr(runner._factory, "_cache", jobs)
-    with pytest.raises(KeyboardInterrupt):
-        runner.warmup(num_threads=1)
-    assert jobs.num_started <= 3
