@@ -4,13 +4,14 @@ Knows no command line and no terminal: texts go to a callable as they come, and 
 """
 
 import queue
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 from jaxserve.errors import JaxserveError
 from jaxserve.outputs import TokenDelta
-from jaxserve.request import SamplingParams
+from jaxserve.request import RepetitionDetection, SamplingParams
+from jaxserve.structured_outputs import StructuredOutputsParams
 
 if TYPE_CHECKING:
     from jaxserve.build import BuiltEngine
@@ -89,11 +90,48 @@ def wire_sampling(sampling: SamplingParams) -> "jaxserve_pb2.SamplingParams":
     """The same parameters as a message; the inverse of `serve.rpc.validation.sampling_params`."""
     from serve.protos.jaxserve.v1 import jaxserve_pb2
 
-    names = set(jaxserve_pb2.SamplingParams.DESCRIPTOR.fields_by_name) - {"logprobs_mode"}
-    values = {name: getattr(sampling, name) for name in names}
+    messages: dict[str, Callable[[Any], Any]] = {
+        "logit_bias": _logit_bias,
+        "logprobs_mode": _logprobs_mode,
+        "structured_outputs": _structured_outputs,
+        "repetition_detection": _repetition_detection,
+    }
+    values = {
+        name: messages.get(name, lambda value: value)(getattr(sampling, name))
+        for name in jaxserve_pb2.SamplingParams.DESCRIPTOR.fields_by_name
+    }
     if sampling.max_tokens is None:  # unset would be 16
         values["max_tokens"] = 2**31 - 1
     return jaxserve_pb2.SamplingParams(**values)
+
+
+def _logit_bias(biases: Mapping[int, float] | None) -> "list[jaxserve_pb2.TokenBias]":
+    from serve.protos.jaxserve.v1 import jaxserve_pb2
+
+    return [jaxserve_pb2.TokenBias(token_id=token_id, bias=bias) for token_id, bias in (biases or {}).items()]
+
+
+def _logprobs_mode(mode: str | None) -> str:
+    return f"LOGPROBS_MODE_{(mode or 'unspecified').upper()}"
+
+
+def _structured_outputs(form: StructuredOutputsParams | None) -> "jaxserve_pb2.StructuredOutputs | None":
+    if form is None:
+        return None
+    from serve.protos.jaxserve.v1 import jaxserve_pb2
+
+    values = {name: getattr(form, name) for name in jaxserve_pb2.StructuredOutputs.DESCRIPTOR.fields_by_name}
+    if form.choice is not None:
+        values["choice"] = jaxserve_pb2.Choices(texts=form.choice)
+    return jaxserve_pb2.StructuredOutputs(**values)
+
+
+def _repetition_detection(detection: RepetitionDetection | None) -> "jaxserve_pb2.RepetitionDetection | None":
+    if detection is None:
+        return None
+    from serve.protos.jaxserve.v1 import jaxserve_pb2
+
+    return jaxserve_pb2.RepetitionDetection(**asdict(detection))
 
 
 def _explain(endpoint: str, code: object, details: str | None) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from jaxserve.errors import JaxserveError
 from jaxserve.outputs import Logprob, TokenDelta, TokenLogprobs
+from jaxserve.request import Request
 from serve.logprobs import most_likely
 from serve.protos.jaxserve.v1 import jaxserve_pb2
 
@@ -11,22 +12,30 @@ _FINISH_REASONS = {
     "stop": jaxserve_pb2.FINISH_REASON_STOP,
     "length": jaxserve_pb2.FINISH_REASON_LENGTH,
     "abort": jaxserve_pb2.FINISH_REASON_ABORT,
+    "repetition": jaxserve_pb2.FINISH_REASON_REPETITION,
 }
 
 
-def generate_response(deltas: Sequence[TokenDelta], num_logprobs: int | None) -> jaxserve_pb2.GenerateResponse:
+def generate_response(deltas: Sequence[TokenDelta], request: Request) -> jaxserve_pb2.GenerateResponse:
     """Coalesces deltas of one request, in their order, into one message; usage is the caller's to add.
 
     Args:
         deltas: at least one; only the last may have a finish_reason.
-        num_logprobs: what the request asked for.
     """
+    sampling = request.sampling
+    num_logprobs = sampling.logprobs
     message = jaxserve_pb2.GenerateResponse(text="".join([delta.text for delta in deltas]))
     for delta in deltas:
         message.token_ids.extend(delta.token_ids)
         if num_logprobs is not None and delta.logprobs is not None:
             for token_id, entries in zip(delta.token_ids, delta.logprobs, strict=True):
-                message.logprobs.append(token_logprobs(token_id, entries, num_logprobs))
+                picked = sampling.logprob_token_ids
+                message.logprobs.append(token_logprobs(token_id, entries, num_logprobs, picked))
+        if delta.prompt_logprobs is not None:
+            places = zip(request.prompt_token_ids[1:], delta.prompt_logprobs[1:], strict=True)
+            message.prompt_logprobs.extend(
+                token_logprobs(token_id, entries or {}, sampling.prompt_logprobs or 0) for token_id, entries in places
+            )
     last = deltas[-1]
     if last.finish_reason is not None:
         if last.finish_reason not in _FINISH_REASONS:
@@ -47,11 +56,13 @@ def usage(last: TokenDelta, num_completion_tokens: int) -> jaxserve_pb2.Usage:
     )
 
 
-def token_logprobs(token_id: int, entries: TokenLogprobs, num_logprobs: int) -> jaxserve_pb2.TokenLogprobs:
-    """The chosen token, and the num_logprobs most likely ones by rank."""
+def token_logprobs(
+    token_id: int, entries: TokenLogprobs, num_logprobs: int, picked: Sequence[int] | None = None
+) -> jaxserve_pb2.TokenLogprobs:
+    """The chosen token, and the num_logprobs most likely ones by rank, or those that were asked for in their order."""
+    top = most_likely(entries, num_logprobs) if picked is None else [(i, entries[i]) for i in picked]
     return jaxserve_pb2.TokenLogprobs(
-        chosen=_token_logprob(token_id, entries[token_id]),
-        top=[_token_logprob(*item) for item in most_likely(entries, num_logprobs)],
+        chosen=_token_logprob(token_id, entries[token_id]), top=[_token_logprob(*item) for item in top]
     )
 
 

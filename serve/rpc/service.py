@@ -129,7 +129,7 @@ class GenerationService:
                 raise validation.located(error) from None
 
     def _message(self, deltas: list[TokenDelta], request: Request, record: CallRecord) -> jaxserve_pb2.GenerateResponse:
-        message = messages.generate_response(deltas, request.sampling.logprobs)
+        message = messages.generate_response(deltas, request)
         if deltas[-1].finish_reason is not None:
             message.usage.CopyFrom(messages.usage(deltas[-1], record.num_completion_tokens))
         return message

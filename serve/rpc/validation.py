@@ -4,14 +4,17 @@ Knows the proto and the limits that stand in its comments. What depends on the m
 `RequestFactory`; `located` gives those errors the proto's path too.
 """
 
+import re
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from jaxserve.errors import InvalidRequestError
-from jaxserve.request import SamplingParams
+from jaxserve.request import ALL_LOGPROBS, RepetitionDetection, SamplingParams
+from jaxserve.structured_outputs import StructuredOutputsParams
 from serve.errors import WrongModelError, relocated
-from serve.limits import check_request_id, check_stops
+from serve.limits import check_bad_words, check_request_id, check_stops
 from serve.protos.jaxserve.v1 import jaxserve_pb2
 
 MAX_ABORT_IDS = 1024
@@ -30,8 +33,21 @@ _OPTIONAL = (
     "skip_special_tokens",
     "include_stop_str_in_output",
     "detokenize",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "prompt_logprobs",
+    "truncate_prompt_tokens",
 )
 """Fields of the wire's SamplingParams that are named alike in ours, and tell unset from zero."""
+
+_REPEATED = ("stop", "stop_token_ids", "allowed_token_ids", "bad_words", "logprob_token_ids")
+
+_LOGPROBS_MODES = {
+    jaxserve_pb2.LOGPROBS_MODE_UNSPECIFIED: "raw",
+    jaxserve_pb2.LOGPROBS_MODE_RAW: "raw",
+    jaxserve_pb2.LOGPROBS_MODE_PROCESSED: "processed",
+}
 
 _SAMPLING = frozenset(jaxserve_pb2.SamplingParams.DESCRIPTOR.fields_by_name)
 
@@ -81,12 +97,52 @@ def sampling_params(wire: jaxserve_pb2.SamplingParams) -> SamplingParams:
     """Unset fields take the defaults of `jaxserve.SamplingParams`."""
     if wire.logprobs_mode not in jaxserve_pb2.LogprobsMode.values():
         raise InvalidRequestError("sampling.logprobs_mode", wire.logprobs_mode, "a known LogprobsMode")
-    given = {name: getattr(wire, name) for name in _OPTIONAL if wire.HasField(name)}
+    given: dict[str, Any] = {name: getattr(wire, name) for name in _OPTIONAL if wire.HasField(name)}
+    for name in ("logprobs", "prompt_logprobs"):
+        if given.get(name) == ALL_LOGPROBS:
+            raise InvalidRequestError(f"sampling.{name}", ALL_LOGPROBS, "at least 0: the whole vocabulary is too much here")
+    lists: dict[str, Any] = {name: list(getattr(wire, name)) or None for name in _REPEATED}
     try:
         check_stops(wire.stop, wire.stop_token_ids)
-        return SamplingParams(stop=list(wire.stop), stop_token_ids=list(wire.stop_token_ids), **given)
+        check_bad_words(wire.bad_words)
+        return SamplingParams(
+            **given,
+            **lists,
+            logit_bias={entry.token_id: entry.bias for entry in wire.logit_bias},
+            logprobs_mode=_LOGPROBS_MODES[wire.logprobs_mode],
+            structured_outputs=_structured_outputs(wire),
+            repetition_detection=_repetition_detection(wire),
+        )
     except InvalidRequestError as error:
         raise located(error) from None
+
+
+def _structured_outputs(wire: jaxserve_pb2.SamplingParams) -> StructuredOutputsParams | None:
+    if not wire.HasField("structured_outputs"):
+        return None
+    form = wire.structured_outputs
+    kind = form.WhichOneof("form")
+    given: dict[str, Any] = {} if kind is None else {kind: getattr(form, kind)}
+    if kind == "choice":
+        given["choice"] = list(form.choice.texts)
+    if form.HasField("whitespace_pattern"):
+        given["whitespace_pattern"] = form.whitespace_pattern
+    return StructuredOutputsParams(
+        **given,
+        disable_any_whitespace=form.disable_any_whitespace,
+        disable_additional_properties=form.disable_additional_properties,
+    )
+
+
+def _repetition_detection(wire: jaxserve_pb2.SamplingParams) -> RepetitionDetection | None:
+    if not wire.HasField("repetition_detection"):
+        return None
+    detection = wire.repetition_detection
+    return RepetitionDetection(
+        max_pattern_size=detection.max_pattern_size,
+        min_pattern_size=detection.min_pattern_size,
+        min_count=detection.min_count if detection.HasField("min_count") else RepetitionDetection().min_count,
+    )
 
 
 def abort_ids(request: jaxserve_pb2.AbortRequest) -> list[str]:
@@ -110,7 +166,7 @@ def located(error: InvalidRequestError, prompt_path: str = "text") -> InvalidReq
     name = error.parameter
     if name in ("prompt", "prompt_token_ids"):
         path = prompt_path
-    elif name in _SAMPLING:
+    elif re.split(r"[.\[]", name)[0] in _SAMPLING:  # a field, or a part of one: logit_bias[5]
         path = f"sampling.{name}"
     else:
         return error

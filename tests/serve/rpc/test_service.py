@@ -73,6 +73,34 @@ def test_unset_fields_take_the_defaults_and_set_zeros_do_not(with_service, clien
     assert (given.temperature, given.max_tokens, given.logprobs, given.seed, given.top_k) == (0.0, 1, 0, 5, 7)
 
 
+def test_log_probabilities_of_the_prompt_come_first(with_service, client):
+    async def body(served):
+        sampling = pb.SamplingParams(max_tokens=3, prompt_logprobs=1)
+        call = served.stub.Generate(pb.GenerateRequest(text="abc", sampling=sampling))
+        return [message async for message in call]
+
+    messages = with_service(body)
+    entries = [entry for message in messages for entry in message.prompt_logprobs]
+    assert list(messages[0].prompt_logprobs) == entries
+    assert [entry.chosen.token_id for entry in entries] == list(b"bc"), "of the first token nothing is known"
+    assert [(entry.chosen.logprob, entry.chosen.rank, entry.chosen.text) for entry in entries] == [
+        (-1.5, 4, "b"),
+        (-1.5, 4, "c"),
+    ]
+    assert [[top.token_id for top in entry.top] for entry in entries] == [[65], [65]]
+    assert not any(message.logprobs for message in messages)
+
+
+def test_tokens_that_were_picked_come_in_the_order_asked_for(with_service, client):
+    async def body(served):
+        sampling = pb.SamplingParams(max_tokens=1, logprob_token_ids=[66, 65])
+        message = await served.stub.Generate(pb.GenerateRequest(text="abc", sampling=sampling)).read()
+        return message.logprobs[0]
+
+    entry = with_service(body)
+    assert (entry.chosen.token_id, [top.token_id for top in entry.top]) == (32, [66, 65])
+
+
 def test_token_ids_in_and_logprobs_out(with_service, client):
     async def body(served):
         request = pb.GenerateRequest(token_ids=pb.TokenIds(ids=[5, 6]), sampling=pb.SamplingParams(max_tokens=1, logprobs=2))

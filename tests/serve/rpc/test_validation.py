@@ -9,7 +9,8 @@ from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
 from jaxserve.errors import InvalidRequestError
-from jaxserve.request import SamplingParams
+from jaxserve.request import RepetitionDetection, SamplingParams
+from jaxserve.structured_outputs import StructuredOutputsParams
 from jaxserve.tokenization.ascii_tokenizer import AsciiTokenizer
 from serve.generation import wire_sampling
 from serve.protos.jaxserve.v1 import jaxserve_pb2 as pb
@@ -39,8 +40,33 @@ BAD_SAMPLING = [
     ("stop", ["x"] * 17),
     ("stop", ["x" * 257]),
     ("stop_token_ids", [128]),
-    ("stop_token_ids", [1] * 129),
+    ("stop_token_ids", list(range(129))),
     ("stop_token_ids", [2**32 - 1]),
+    ("presence_penalty", 2.1),
+    ("frequency_penalty", math.nan),
+    ("repetition_penalty", 0.0),
+    ("allowed_token_ids", [128]),
+    ("logit_bias", [pb.TokenBias(token_id=128, bias=1.0)]),
+    ("logit_bias", [pb.TokenBias(token_id=i) for i in range(1025)]),
+    ("bad_words", [""]),
+    ("bad_words", ["ü"]),
+    ("bad_words", ["x" * 257]),
+    ("bad_words", [f"{i}" for i in range(129)]),
+    ("prompt_logprobs", -1),
+    ("prompt_logprobs", 6),
+    ("logprob_token_ids", [128]),
+    ("logprob_token_ids", list(range(129))),
+    ("truncate_prompt_tokens", 0),
+    ("truncate_prompt_tokens", 4096),
+    ("structured_outputs", pb.StructuredOutputs()),
+    ("structured_outputs", pb.StructuredOutputs(json_object=True)),  # this server has no compiler
+]
+
+BAD_PARTS = [
+    ("logit_bias[5]", "logit_bias", [pb.TokenBias(token_id=5, bias=math.nan)]),
+    ("repetition_detection.min_count", "repetition_detection", pb.RepetitionDetection(max_pattern_size=5, min_count=1)),
+    ("repetition_detection.max_pattern_size", "repetition_detection", pb.RepetitionDetection(max_pattern_size=-1)),
+    ("structured_outputs.choice", "structured_outputs", pb.StructuredOutputs(choice=pb.Choices())),
 ]
 
 BAD_REQUESTS = [
@@ -62,7 +88,21 @@ BAD_REQUESTS = [
         (f"sampling.{name}", pb.GenerateRequest(text="a", sampling=pb.SamplingParams(**{name: value})))
         for name, value in BAD_SAMPLING
     ],
+    *[
+        (f"sampling.{path}", pb.GenerateRequest(text="a", sampling=pb.SamplingParams(**{name: value})))
+        for path, name, value in BAD_PARTS
+    ],
 ]
+
+
+FORMS = {
+    "json": '{"type": "object"}',
+    "regex": "a+",
+    "choice": ["a", "b"],
+    "grammar": 'root ::= "a"',
+    "json_object": True,
+    "structural_tag": '{"structures": [], "triggers": []}',
+}
 
 
 async def violation_of(call):
@@ -185,7 +225,9 @@ def test_values_at_the_edge_of_their_range_are_taken():
     for values in (
         {"temperature": 0.0, "top_p": 1.0, "top_k": -1, "min_p": 1.0, "seed": 2**63 - 1, "max_tokens": 1, "logprobs": 0},
         {"temperature": 100.0, "top_p": 1e-9, "top_k": 2**31 - 1, "min_p": 0.0, "seed": 0, "max_tokens": 2**31 - 1},
-        {"stop": ["x" * 256] * 16, "stop_token_ids": [0] * 128, "min_tokens": 16, "logprobs_mode": 1},
+        {"stop": ["x" * 256] * 16, "stop_token_ids": list(range(128)), "min_tokens": 16, "logprobs_mode": 1},
+        {"presence_penalty": 2.0, "frequency_penalty": -2.0, "repetition_penalty": 1e6, "truncate_prompt_tokens": -1},
+        {"prompt_logprobs": 0, "logprob_token_ids": list(range(128)), "bad_words": ["x" * 256], "allowed_token_ids": [0]},
     ):
         sampling = validation.sampling_params(pb.SamplingParams(**values))
         for name, value in values.items():
@@ -197,19 +239,27 @@ def test_wire_and_python_parameters_are_inverse():
     for sampling in (
         SamplingParams(),
         SamplingParams(temperature=0.7, top_p=0.9, top_k=3, min_p=0.1, seed=9, stop=["a", "b"], max_tokens=None),
+        SamplingParams(presence_penalty=0.5, frequency_penalty=-1, repetition_penalty=1.5, logit_bias={5: 1.5, 0: -100}),
+        SamplingParams(allowed_token_ids=[5, 6], bad_words=["a", "b"], prompt_logprobs=3, truncate_prompt_tokens=7),
+        SamplingParams(logprob_token_ids=[5, 6], logprobs_mode="processed"),
+        SamplingParams(repetition_detection=RepetitionDetection(max_pattern_size=5, min_pattern_size=2, min_count=3)),
+        *(SamplingParams(structured_outputs=StructuredOutputsParams(**{kind: value})) for kind, value in FORMS.items()),
+        SamplingParams(structured_outputs=StructuredOutputsParams(json="{}", whitespace_pattern=" ?")),
+        SamplingParams(structured_outputs=StructuredOutputsParams(json="{}", disable_any_whitespace=True)),
+        SamplingParams(structured_outputs=StructuredOutputsParams(json="{}", disable_additional_properties=True)),
         SamplingParams(logprobs=0, ignore_eos=True, min_tokens=2, stop_token_ids=[1], skip_special_tokens=False),
     ):
         there = wire_sampling(sampling)
         back = validation.sampling_params(pb.SamplingParams.FromString(there.SerializeToString()))
-        if sampling.max_tokens is None:  # on the wire unset is 16: "no limit" is the largest number
-            assert back == dataclasses.replace(sampling, max_tokens=2**31 - 1)
-        else:
-            assert back == sampling
+        # On the wire an unset max_tokens is 16: "no limit" is the largest number. And an unset mode is raw.
+        max_tokens = 2**31 - 1 if sampling.max_tokens is None else sampling.max_tokens
+        assert back == dataclasses.replace(sampling, max_tokens=max_tokens, logprobs_mode=sampling.logprobs_mode or "raw")
 
 
 def test_every_wire_field_reaches_the_sampling_params():
     """A field that is added to the proto and forgotten in validation.py fails here."""
-    handled = {*validation._OPTIONAL, "stop", "stop_token_ids", "logprobs_mode"}
+    own = {"logit_bias", "logprobs_mode", "structured_outputs", "repetition_detection"}
+    handled = {*validation._OPTIONAL, *validation._REPEATED, *own}
     assert set(pb.SamplingParams.DESCRIPTOR.fields_by_name) == handled
 
 

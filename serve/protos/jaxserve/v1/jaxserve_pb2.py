@@ -24,47 +24,55 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\'serve/protos/jaxserve/v1/jaxserve.proto\x12\x0bjaxserve.v1\"\xaf\x02\n\x0fGenerateRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12*\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x15.jaxserve.v1.TokenIdsH\x00\x12-\n\x08sampling\x18\x03 \x01(\x0b\x32\x1b.jaxserve.v1.SamplingParams\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12\r\n\x05model\x18\x05 \x01(\t\x12\x10\n\x08priority\x18\x06 \x01(\x05\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x07 \x01(\x08H\x01\x88\x01\x01\x12!\n\x14parse_special_tokens\x18\x08 \x01(\x08H\x02\x88\x01\x01\x42\x08\n\x06promptB\x15\n\x13_add_special_tokensB\x17\n\x15_parse_special_tokens\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xce\x04\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\x05H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x03H\x04\x88\x01\x01\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x07 \x03(\r\x12\x17\n\nignore_eos\x18\x08 \x01(\x08H\x05\x88\x01\x01\x12\x17\n\nmax_tokens\x18\t \x01(\x05H\x06\x88\x01\x01\x12\x17\n\nmin_tokens\x18\n \x01(\x05H\x07\x88\x01\x01\x12\x15\n\x08logprobs\x18\x0b \x01(\x05H\x08\x88\x01\x01\x12\x30\n\rlogprobs_mode\x18\x0c \x01(\x0e\x32\x19.jaxserve.v1.LogprobsMode\x12 \n\x13skip_special_tokens\x18\r \x01(\x08H\t\x88\x01\x01\x12\'\n\x1ainclude_stop_str_in_output\x18\x0e \x01(\x08H\n\x88\x01\x01\x12\x17\n\ndetokenize\x18\x0f \x01(\x08H\x0b\x88\x01\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x07\n\x05_seedB\r\n\x0b_ignore_eosB\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\x0b\n\t_logprobsB\x16\n\x14_skip_special_tokensB\x1d\n\x1b_include_stop_str_in_outputB\r\n\x0b_detokenize\"\x89\x02\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12,\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1a.jaxserve.v1.TokenLogprobs\x12\x30\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x19.jaxserve.v1.FinishReason\x12\x15\n\x0bstop_string\x18\x06 \x01(\tH\x00\x12\x17\n\rstop_token_id\x18\x07 \x01(\rH\x00\x12!\n\x05usage\x18\x08 \x01(\x0b\x32\x12.jaxserve.v1.UsageB\r\n\x0bstop_reason\"b\n\rTokenLogprobs\x12)\n\x06\x63hosen\x18\x01 \x01(\x0b\x32\x19.jaxserve.v1.TokenLogprob\x12&\n\x03top\x18\x02 \x03(\x0b\x32\x19.jaxserve.v1.TokenLogprob\"M\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\x0c\n\x04rank\x18\x03 \x01(\r\x12\x0c\n\x04text\x18\x04 \x01(\t\"W\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\x03 \x01(\r\"#\n\x0c\x41\x62ortRequest\x12\x13\n\x0brequest_ids\x18\x01 \x03(\t\",\n\rAbortResponse\x12\x1b\n\x13\x61\x62orted_request_ids\x18\x01 \x03(\t\"\x93\x01\n\x0fTokenizeRequest\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x02 \x01(\x08H\x00\x88\x01\x01\x12!\n\x14parse_special_tokens\x18\x03 \x01(\x08H\x01\x88\x01\x01\x42\x15\n\x13_add_special_tokensB\x17\n\x15_parse_special_tokens\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"`\n\x11\x44\x65tokenizeRequest\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12 \n\x13skip_special_tokens\x18\x02 \x01(\x08H\x00\x88\x01\x01\x42\x16\n\x14_skip_special_tokens\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"\x11\n\x0fGetModelRequest\"\xcd\x01\n\x10GetModelResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x14\n\x0cmax_logprobs\x18\x04 \x01(\r\x12\x15\n\reos_token_ids\x18\x05 \x03(\r\x12\x15\n\rhas_tokenizer\x18\x06 \x01(\x08\x12\r\n\x05\x64type\x18\x07 \x01(\t\x12\x14\n\x0cmax_num_seqs\x18\x08 \x01(\r\x12\x16\n\x0eserver_version\x18\t \x01(\t*D\n\x0cLogprobsMode\x12\x1d\n\x19LOGPROBS_MODE_UNSPECIFIED\x10\x00\x12\x15\n\x11LOGPROBS_MODE_RAW\x10\x01*x\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x17\n\x13\x46INISH_REASON_ABORT\x10\x03\x32\xff\x02\n\x11GenerationService\x12I\n\x08Generate\x12\x1c.jaxserve.v1.GenerateRequest\x1a\x1d.jaxserve.v1.GenerateResponse0\x01\x12>\n\x05\x41\x62ort\x12\x19.jaxserve.v1.AbortRequest\x1a\x1a.jaxserve.v1.AbortResponse\x12G\n\x08Tokenize\x12\x1c.jaxserve.v1.TokenizeRequest\x1a\x1d.jaxserve.v1.TokenizeResponse\x12M\n\nDetokenize\x12\x1e.jaxserve.v1.DetokenizeRequest\x1a\x1f.jaxserve.v1.DetokenizeResponse\x12G\n\x08GetModel\x12\x1c.jaxserve.v1.GetModelRequest\x1a\x1d.jaxserve.v1.GetModelResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\'serve/protos/jaxserve/v1/jaxserve.proto\x12\x0bjaxserve.v1\"\xaf\x02\n\x0fGenerateRequest\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12*\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x15.jaxserve.v1.TokenIdsH\x00\x12-\n\x08sampling\x18\x03 \x01(\x0b\x32\x1b.jaxserve.v1.SamplingParams\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x12\r\n\x05model\x18\x05 \x01(\t\x12\x10\n\x08priority\x18\x06 \x01(\x05\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x07 \x01(\x08H\x01\x88\x01\x01\x12!\n\x14parse_special_tokens\x18\x08 \x01(\x08H\x02\x88\x01\x01\x42\x08\n\x06promptB\x15\n\x13_add_special_tokensB\x17\n\x15_parse_special_tokens\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xd3\x08\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\x05H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x11\n\x04seed\x18\x05 \x01(\x03H\x04\x88\x01\x01\x12\x0c\n\x04stop\x18\x06 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x07 \x03(\r\x12\x17\n\nignore_eos\x18\x08 \x01(\x08H\x05\x88\x01\x01\x12\x17\n\nmax_tokens\x18\t \x01(\x05H\x06\x88\x01\x01\x12\x17\n\nmin_tokens\x18\n \x01(\x05H\x07\x88\x01\x01\x12\x15\n\x08logprobs\x18\x0b \x01(\x05H\x08\x88\x01\x01\x12\x30\n\rlogprobs_mode\x18\x0c \x01(\x0e\x32\x19.jaxserve.v1.LogprobsMode\x12 \n\x13skip_special_tokens\x18\r \x01(\x08H\t\x88\x01\x01\x12\'\n\x1ainclude_stop_str_in_output\x18\x0e \x01(\x08H\n\x88\x01\x01\x12\x17\n\ndetokenize\x18\x0f \x01(\x08H\x0b\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x10 \x01(\x01H\x0c\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x11 \x01(\x01H\r\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x12 \x01(\x01H\x0e\x88\x01\x01\x12*\n\nlogit_bias\x18\x13 \x03(\x0b\x32\x16.jaxserve.v1.TokenBias\x12\x19\n\x11\x61llowed_token_ids\x18\x14 \x03(\r\x12\x11\n\tbad_words\x18\x15 \x03(\t\x12\x1c\n\x0fprompt_logprobs\x18\x16 \x01(\x05H\x0f\x88\x01\x01\x12\x19\n\x11logprob_token_ids\x18\x17 \x03(\r\x12#\n\x16truncate_prompt_tokens\x18\x18 \x01(\x05H\x10\x88\x01\x01\x12:\n\x12structured_outputs\x18\x19 \x01(\x0b\x32\x1e.jaxserve.v1.StructuredOutputs\x12>\n\x14repetition_detection\x18\x1a \x01(\x0b\x32 .jaxserve.v1.RepetitionDetectionB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x07\n\x05_seedB\r\n\x0b_ignore_eosB\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\x0b\n\t_logprobsB\x16\n\x14_skip_special_tokensB\x1d\n\x1b_include_stop_str_in_outputB\r\n\x0b_detokenizeB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x15\n\x13_repetition_penaltyB\x12\n\x10_prompt_logprobsB\x19\n\x17_truncate_prompt_tokens\"+\n\tTokenBias\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0c\n\x04\x62ias\x18\x02 \x01(\x01\"\xa7\x02\n\x11StructuredOutputs\x12\x0e\n\x04json\x18\x01 \x01(\tH\x00\x12\x0f\n\x05regex\x18\x02 \x01(\tH\x00\x12&\n\x06\x63hoice\x18\x03 \x01(\x0b\x32\x14.jaxserve.v1.ChoicesH\x00\x12\x11\n\x07grammar\x18\x04 \x01(\tH\x00\x12\x15\n\x0bjson_object\x18\x05 \x01(\x08H\x00\x12\x18\n\x0estructural_tag\x18\x06 \x01(\tH\x00\x12\x1e\n\x16\x64isable_any_whitespace\x18\x07 \x01(\x08\x12%\n\x1d\x64isable_additional_properties\x18\x08 \x01(\x08\x12\x1f\n\x12whitespace_pattern\x18\t \x01(\tH\x01\x88\x01\x01\x42\x06\n\x04\x66ormB\x15\n\x13_whitespace_pattern\"\x18\n\x07\x43hoices\x12\r\n\x05texts\x18\x01 \x03(\t\"o\n\x13RepetitionDetection\x12\x18\n\x10max_pattern_size\x18\x01 \x01(\x05\x12\x18\n\x10min_pattern_size\x18\x02 \x01(\x05\x12\x16\n\tmin_count\x18\x03 \x01(\x05H\x00\x88\x01\x01\x42\x0c\n\n_min_count\"\xbe\x02\n\x10GenerateResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x03(\r\x12,\n\x08logprobs\x18\x04 \x03(\x0b\x32\x1a.jaxserve.v1.TokenLogprobs\x12\x30\n\rfinish_reason\x18\x05 \x01(\x0e\x32\x19.jaxserve.v1.FinishReason\x12\x15\n\x0bstop_string\x18\x06 \x01(\tH\x00\x12\x17\n\rstop_token_id\x18\x07 \x01(\rH\x00\x12!\n\x05usage\x18\x08 \x01(\x0b\x32\x12.jaxserve.v1.Usage\x12\x33\n\x0fprompt_logprobs\x18\t \x03(\x0b\x32\x1a.jaxserve.v1.TokenLogprobsB\r\n\x0bstop_reason\"b\n\rTokenLogprobs\x12)\n\x06\x63hosen\x18\x01 \x01(\x0b\x32\x19.jaxserve.v1.TokenLogprob\x12&\n\x03top\x18\x02 \x03(\x0b\x32\x19.jaxserve.v1.TokenLogprob\"M\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\x12\x0c\n\x04rank\x18\x03 \x01(\r\x12\x0c\n\x04text\x18\x04 \x01(\t\"W\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\x03 \x01(\r\"#\n\x0c\x41\x62ortRequest\x12\x13\n\x0brequest_ids\x18\x01 \x03(\t\",\n\rAbortResponse\x12\x1b\n\x13\x61\x62orted_request_ids\x18\x01 \x03(\t\"\x93\x01\n\x0fTokenizeRequest\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x1f\n\x12\x61\x64\x64_special_tokens\x18\x02 \x01(\x08H\x00\x88\x01\x01\x12!\n\x14parse_special_tokens\x18\x03 \x01(\x08H\x01\x88\x01\x01\x42\x15\n\x13_add_special_tokensB\x17\n\x15_parse_special_tokens\"%\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\"`\n\x11\x44\x65tokenizeRequest\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12 \n\x13skip_special_tokens\x18\x02 \x01(\x08H\x00\x88\x01\x01\x42\x16\n\x14_skip_special_tokens\"\"\n\x12\x44\x65tokenizeResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\"\x11\n\x0fGetModelRequest\"\xcd\x01\n\x10GetModelResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x14\n\x0cmax_logprobs\x18\x04 \x01(\r\x12\x15\n\reos_token_ids\x18\x05 \x03(\r\x12\x15\n\rhas_tokenizer\x18\x06 \x01(\x08\x12\r\n\x05\x64type\x18\x07 \x01(\t\x12\x14\n\x0cmax_num_seqs\x18\x08 \x01(\r\x12\x16\n\x0eserver_version\x18\t \x01(\t*a\n\x0cLogprobsMode\x12\x1d\n\x19LOGPROBS_MODE_UNSPECIFIED\x10\x00\x12\x15\n\x11LOGPROBS_MODE_RAW\x10\x01\x12\x1b\n\x17LOGPROBS_MODE_PROCESSED\x10\x02*\x96\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x17\n\x13\x46INISH_REASON_ABORT\x10\x03\x12\x1c\n\x18\x46INISH_REASON_REPETITION\x10\x04\x32\xff\x02\n\x11GenerationService\x12I\n\x08Generate\x12\x1c.jaxserve.v1.GenerateRequest\x1a\x1d.jaxserve.v1.GenerateResponse0\x01\x12>\n\x05\x41\x62ort\x12\x19.jaxserve.v1.AbortRequest\x1a\x1a.jaxserve.v1.AbortResponse\x12G\n\x08Tokenize\x12\x1c.jaxserve.v1.TokenizeRequest\x1a\x1d.jaxserve.v1.TokenizeResponse\x12M\n\nDetokenize\x12\x1e.jaxserve.v1.DetokenizeRequest\x1a\x1f.jaxserve.v1.DetokenizeResponse\x12G\n\x08GetModel\x12\x1c.jaxserve.v1.GetModelRequest\x1a\x1d.jaxserve.v1.GetModelResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'serve.protos.jaxserve.v1.jaxserve_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_LOGPROBSMODE']._serialized_start=2149
-  _globals['_LOGPROBSMODE']._serialized_end=2217
-  _globals['_FINISHREASON']._serialized_start=2219
-  _globals['_FINISHREASON']._serialized_end=2339
+  _globals['_LOGPROBSMODE']._serialized_start=3201
+  _globals['_LOGPROBSMODE']._serialized_end=3298
+  _globals['_FINISHREASON']._serialized_start=3301
+  _globals['_FINISHREASON']._serialized_end=3451
   _globals['_GENERATEREQUEST']._serialized_start=57
   _globals['_GENERATEREQUEST']._serialized_end=360
   _globals['_TOKENIDS']._serialized_start=362
   _globals['_TOKENIDS']._serialized_end=385
   _globals['_SAMPLINGPARAMS']._serialized_start=388
-  _globals['_SAMPLINGPARAMS']._serialized_end=978
-  _globals['_GENERATERESPONSE']._serialized_start=981
-  _globals['_GENERATERESPONSE']._serialized_end=1246
-  _globals['_TOKENLOGPROBS']._serialized_start=1248
-  _globals['_TOKENLOGPROBS']._serialized_end=1346
-  _globals['_TOKENLOGPROB']._serialized_start=1348
-  _globals['_TOKENLOGPROB']._serialized_end=1425
-  _globals['_USAGE']._serialized_start=1427
-  _globals['_USAGE']._serialized_end=1514
-  _globals['_ABORTREQUEST']._serialized_start=1516
-  _globals['_ABORTREQUEST']._serialized_end=1551
-  _globals['_ABORTRESPONSE']._serialized_start=1553
-  _globals['_ABORTRESPONSE']._serialized_end=1597
-  _globals['_TOKENIZEREQUEST']._serialized_start=1600
-  _globals['_TOKENIZEREQUEST']._serialized_end=1747
-  _globals['_TOKENIZERESPONSE']._serialized_start=1749
-  _globals['_TOKENIZERESPONSE']._serialized_end=1786
-  _globals['_DETOKENIZEREQUEST']._serialized_start=1788
-  _globals['_DETOKENIZEREQUEST']._serialized_end=1884
-  _globals['_DETOKENIZERESPONSE']._serialized_start=1886
-  _globals['_DETOKENIZERESPONSE']._serialized_end=1920
-  _globals['_GETMODELREQUEST']._serialized_start=1922
-  _globals['_GETMODELREQUEST']._serialized_end=1939
-  _globals['_GETMODELRESPONSE']._serialized_start=1942
-  _globals['_GETMODELRESPONSE']._serialized_end=2147
-  _globals['_GENERATIONSERVICE']._serialized_start=2342
-  _globals['_GENERATIONSERVICE']._serialized_end=2725
+  _globals['_SAMPLINGPARAMS']._serialized_end=1495
+  _globals['_TOKENBIAS']._serialized_start=1497
+  _globals['_TOKENBIAS']._serialized_end=1540
+  _globals['_STRUCTUREDOUTPUTS']._serialized_start=1543
+  _globals['_STRUCTUREDOUTPUTS']._serialized_end=1838
+  _globals['_CHOICES']._serialized_start=1840
+  _globals['_CHOICES']._serialized_end=1864
+  _globals['_REPETITIONDETECTION']._serialized_start=1866
+  _globals['_REPETITIONDETECTION']._serialized_end=1977
+  _globals['_GENERATERESPONSE']._serialized_start=1980
+  _globals['_GENERATERESPONSE']._serialized_end=2298
+  _globals['_TOKENLOGPROBS']._serialized_start=2300
+  _globals['_TOKENLOGPROBS']._serialized_end=2398
+  _globals['_TOKENLOGPROB']._serialized_start=2400
+  _globals['_TOKENLOGPROB']._serialized_end=2477
+  _globals['_USAGE']._serialized_start=2479
+  _globals['_USAGE']._serialized_end=2566
+  _globals['_ABORTREQUEST']._serialized_start=2568
+  _globals['_ABORTREQUEST']._serialized_end=2603
+  _globals['_ABORTRESPONSE']._serialized_start=2605
+  _globals['_ABORTRESPONSE']._serialized_end=2649
+  _globals['_TOKENIZEREQUEST']._serialized_start=2652
+  _globals['_TOKENIZEREQUEST']._serialized_end=2799
+  _globals['_TOKENIZERESPONSE']._serialized_start=2801
+  _globals['_TOKENIZERESPONSE']._serialized_end=2838
+  _globals['_DETOKENIZEREQUEST']._serialized_start=2840
+  _globals['_DETOKENIZEREQUEST']._serialized_end=2936
+  _globals['_DETOKENIZERESPONSE']._serialized_start=2938
+  _globals['_DETOKENIZERESPONSE']._serialized_end=2972
+  _globals['_GETMODELREQUEST']._serialized_start=2974
+  _globals['_GETMODELREQUEST']._serialized_end=2991
+  _globals['_GETMODELRESPONSE']._serialized_start=2994
+  _globals['_GETMODELRESPONSE']._serialized_end=3199
+  _globals['_GENERATIONSERVICE']._serialized_start=3454
+  _globals['_GENERATIONSERVICE']._serialized_end=3837
 # @@protoc_insertion_point(module_scope)
