@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 
 from jaxserve.errors import ConstraintError
+from jaxserve.structured import compiler as compiler_module
 from jaxserve.structured.all_of import AllOf
 from jaxserve.structured.bad_words import BadWords
 from jaxserve.structured.compiler import GrammarCompiler, GrammarLimits
+from jaxserve.structured.grammar import OPTIONS
 from jaxserve.structured_outputs import StructuredOutputsParams
 from jaxserve.testing.constrained_sampler import PROMPT
 from jaxserve.tokenization.ascii_tokenizer import AsciiTokenizer
@@ -332,6 +334,17 @@ def test_special_tokens_and_padding_are_no_text(sampler, grammar):
     assert not allowed & (sampler.tokenizer.special_token_ids - {sampler.eos})
     assert max(allowed) < sampler.tokenizer.vocab_size
     assert len(allowed) > 200
+
+
+def test_token_ids_of_the_library_s_own_syntax_reach_no_special_token(tokenizers_by_name, monkeypatch):
+    """Such a grammar is refused when it is sent; the mask does not depend on that."""
+    tokenizer = tokenizers_by_name["embedded"]
+    monkeypatch.setattr(compiler_module, "lark_text", lambda params: f"start: <[0-9]> {OPTIONS}")
+    compiler = GrammarCompiler(tokenizer, tokenizer.vocab_size, tokenizer.eos_token_ids, GrammarLimits(deadline_s=60))
+    words = np.full(-(-tokenizer.vocab_size // 32), 0xFFFFFFFF, np.uint32)
+    compiler.compile(StructuredOutputsParams(regex="unused")).start(PROMPT).restrict(words)
+    allowed = set(np.flatnonzero(np.unpackbits(words.view(np.uint8), bitorder="little")))
+    assert allowed == set(range(10)) - tokenizer.special_token_ids
 
 
 def test_a_text_that_the_tokens_cannot_spell_is_an_error_and_no_end(ascii_sampler):
