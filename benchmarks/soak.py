@@ -4,7 +4,8 @@
     python -m benchmarks.soak --minutes 10 --model tiny --seed 3
 
 Clients with random prompts (some begin alike), random priorities and every sampling parameter at random; some go away in the
-middle, some are aborted. The pool is small, so that requests are preempted all the time. A line a minute. At the end, exit status 1 if
+middle, some are aborted. The pool is small, so that requests are preempted all the time. A line a minute. At the end, exit status
+1 if
 
 - resident memory has grown by more than GROWTH since the warm-up, the first third of the run;
 - the engine is not as empty as when it started: pages, rows, host memory, tables of requests on every level;
