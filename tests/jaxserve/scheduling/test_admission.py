@@ -81,17 +81,32 @@ def test_a_page_that_two_share_is_free_when_both_have_left():
     finish(steps, warm, other, urgent, *low)
 
 
-def test_cached_pages_that_the_displaced_give_up_are_not_counted_twice():
-    """What the urgent one finds in the cache is what the low one holds: two pages of those it gives up are no new ones."""
+def test_pages_that_others_hold_too_are_not_freed():
+    """Of the low one's seven pages, six belong to the one that stays as well."""
     steps = Steps(num_pages=16, max_num_seqs=8, max_num_batched_tokens=64, max_cached_pages=16)
-    low = steps.add("low", PROMPT[:15], max_tokens=30, priority=1)
-    steps.step()
-    steps.add("equal", PROMPT[20:60], max_tokens=1, priority=0)
-    steps.add("urgent", (*PROMPT[:12], *range(32, 45)), max_tokens=2, priority=0)
-    for _ in range(3):
-        steps.step()
+    warm = steps.add("warm", PROMPT[:24], max_tokens=1)
     steps.run()
-    assert steps.tokens["low"] == expected(low, steps.config)[0]
+    stays = [steps.add("stays", (*PROMPT[:24], 33), max_tokens=3), steps.add("other", PROMPT[30:53], max_tokens=2)]
+    low = steps.add("low", (*PROMPT[:24], 34), max_tokens=3, priority=1)
+    steps.step()
+    assert steps.scheduler.num_free_pages == 2
+    urgent = steps.add("urgent", PROMPT[7:42], max_tokens=2)
+    steps.step()
+    assert (running(steps), waiting(steps)) == (["stays", "other", "low"], ["urgent"])
+    finish(steps, warm, *stays, low, urgent)
+
+
+def test_cached_pages_of_the_displaced_are_not_room_for_new_ones():
+    """Three of the low one's four pages are those that the urgent one finds in the cache; it needs four more."""
+    steps = Steps(num_pages=16, max_num_seqs=8, max_num_batched_tokens=64, max_cached_pages=16)
+    low = steps.add("low", PROMPT[:14], max_tokens=3, priority=1)
+    equal = steps.add("equal", PROMPT[20:58], max_tokens=3)
+    steps.step()
+    assert steps.scheduler.num_free_pages == 2
+    urgent = steps.add("urgent", (*PROMPT[:12], *range(32, 45)), max_tokens=2)
+    steps.step()
+    assert (running(steps), waiting(steps)) == (["equal", "low"], ["urgent"])
+    finish(steps, low, equal, urgent)
 
 
 def test_a_displaced_one_is_not_computed_and_comes_back():

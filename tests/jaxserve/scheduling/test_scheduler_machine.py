@@ -43,7 +43,7 @@ def bound_of(machine, sequence):
     """
     config, live = machine.config, machine.scheduler._sequences.values()
     num_before = sum(s.order <= sequence.order for s in live)
-    num_turns = MAX_SKIPS + 2 + len(live)
+    num_turns = MAX_SKIPS + 2 + sum(s.request.peak_host_bytes > 0 for s in live)
     turns = config.max_num_seqs if machine.is_short_of_items else 1
     return num_before * num_turns * turns * (config.max_model_len + config.max_num_seqs + 3)
 
@@ -120,43 +120,38 @@ class SchedulerMachine(RuleBasedStateMachine):
             self._step()
 
     @rule(
-        choice=st.integers(0, 2),
         prompt_len=st.sampled_from([9, 3, 1]),
         max_tokens=st.sampled_from([10, 4]),
+        priority=st.integers(-2, 1),
         worse_by=st.sampled_from([0, 1]),
         peak_host_bytes=st.sampled_from([0, 40]),
     )
-    def flood(self, choice, prompt_len, max_tokens, worse_by, peak_host_bytes):
-        """Others keep arriving, none of better priority: one that is there ends all the same, also one that waits for much."""
-        if not self.live:
+    def flood(self, prompt_len, max_tokens, priority, worse_by, peak_host_bytes):
+        """One that needs much, amid many that need little and keep coming, none of better priority, ends all the same."""
+        if "big" in self.live:
             return
-        hardest = sorted(self.scheduler._sequences.values(), key=lambda s: (s.row is not None, -s.num_known))
-        sequence = hardest[min(choice, len(hardest) - 1)]
-        request_id, request = sequence.request_id, sequence.request
-        limit = bound_of(self, sequence)
+        limit = 4 * self.config.max_num_seqs  # until they have every row or every page
         arrived = 0
-        for _ in range(limit):
-            if len(self.live) < len(IDS) + 2 * self.config.max_num_seqs:
-                arrived += 1
-                self.arrive(
-                    f"flood {arrived}",
-                    prompt_len,
-                    seed=arrived,
-                    max_tokens=max_tokens,
-                    priority=request.priority + worse_by * (arrived % 2),
-                    stops=[],
-                    min_tokens=0,
-                    logprobs=None,
-                    peak_host_bytes=peak_host_bytes,
-                )
+        while arrived < limit:
+            if arrived == 2 * self.config.max_num_seqs:
+                self._arrive("big", self.config.max_model_len - 3, 7, 3, priority, MAX_HOST_BYTES if peak_host_bytes else 0)
+                limit = bound_of(self, self.scheduler._sequences["big"])
+            worse = priority + worse_by * (arrived % 2)
+            self._arrive(f"flood {arrived}", prompt_len, arrived, max_tokens, worse, peak_host_bytes)
+            arrived += 1
             self._step()
-            if self.live.get(request_id, (None,))[0] is not request:
+            if arrived > 2 * self.config.max_num_seqs and "big" not in self.live:
                 break
+            if len(self.live) > len(IDS) + 2 * self.config.max_num_seqs:
+                self.end(max((name for name in self.live if name.startswith("flood")), key=lambda n: int(n.split()[1])))
         else:
-            raise AssertionError(f"{request} has not ended after {limit} steps, in which {arrived} others arrived")
+            raise AssertionError(f"'big' has not ended after {limit} steps amid as many arrivals")
         self.num_flooded += arrived
         for name in [name for name in self.live if name.startswith("flood")]:
             self.end(name)
+
+    def _arrive(self, request_id, prompt_len, seed, max_tokens, priority, peak_host_bytes):
+        self.arrive(request_id, prompt_len, seed, max_tokens, priority, [], 0, None, peak_host_bytes)
 
     def _step(self):
         running = list(self.scheduler._running)
@@ -255,7 +250,7 @@ def test_the_same_in_dense_traffic():
             num_ended += 1
             machine.end(request_id=draw.choice(IDS))
         if draw.random() < 0.03:
-            machine.flood(choice=0, prompt_len=9, max_tokens=10, worse_by=0, peak_host_bytes=0)
+            machine.flood(prompt_len=9, max_tokens=10, priority=-2, worse_by=0, peak_host_bytes=0)
         machine.steps(count=draw.choice([1, 2, 5]))
         machine.books_balance()
     machine.teardown()
