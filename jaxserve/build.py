@@ -118,7 +118,7 @@ def build(config: EngineConfig, *, source: ModelSource | None = None, show_progr
         params,
         resolved,
         mesh,
-        ModelContext(LinearContext(platform), _parallelism(config, model)),
+        ModelContext(LinearContext(platform, config.deterministic), _parallelism(config, model)),
         AttentionContext(tiling, config.attention_backend),
     )
     with _ProgressLine(show_progress) as progress:
@@ -140,6 +140,11 @@ def resolve(
     config: EngineConfig, source: ModelSource, model: Model, platform: str, mesh: Mesh
 ) -> tuple[ResolvedConfig, Tiling]:
     """Returns every decided field, and the tiles of attention on this platform."""
+    if config.deterministic and platform != "cpu":
+        raise ConfigError(
+            f"deterministic must be False on platform {platform!r}, got True: there XLA chooses a matmul for each number of rows, and "
+            "which one adds in which order is not known before it runs. On a CPU it holds."
+        )
     defaults = DEFAULTS[platform]
     parallel = _parallelism(config, model)
     specs = model.kv_specs()
@@ -192,6 +197,7 @@ def resolve(
         seed=config.seed,
         max_logprobs=min(config.max_logprobs, model.vocab_size),
         attention_backend=config.attention_backend,
+        deterministic=config.deterministic,
     )
     return resolved, tiling
 

@@ -33,6 +33,7 @@ from jaxserve.execution.buckets import BackboneBucket, Ladder
 from jaxserve.execution.sampling import Sampled
 from jaxserve.execution.state import DeviceState, abstract_state, make_state, state_specs
 from jaxserve.models.attention import AttentionContext
+from jaxserve.models.linear import DETERMINISTIC_COMPILER_OPTIONS
 from jaxserve.models.model import Model, ModelContext
 from jaxserve.plan import SampledToken, SequencePlan, StepPlan, StepResult, kv_groups
 
@@ -222,7 +223,9 @@ class ProgramFactory:
         shardings = jax.tree.map(
             lambda spec: NamedSharding(self._mesh, spec), out_specs, is_leaf=lambda x: isinstance(x, PartitionSpec)
         )
-        return jax.jit(sharded, donate_argnums=(1,), out_shardings=shardings).lower(*arguments).compile()
+        lowered = jax.jit(sharded, donate_argnums=(1,), out_shardings=shardings).lower(*arguments)
+        options = DETERMINISTIC_COMPILER_OPTIONS[self._config.platform] if self._config.deterministic else None
+        return lowered.compile(compiler_options=options)
 
     def backbone(self, bucket: BackboneBucket) -> _Program:
         layout = backbone_layout(self._ladder, bucket, self._num_groups)

@@ -7,12 +7,14 @@ alone, never on its place in the batch.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from jaxserve.execution.struct import Leaf, struct
+from jaxserve.models import sums
 from jaxserve.request import GREEDY_BELOW
 
 
@@ -77,7 +79,7 @@ def _largest_threshold(keys_SV: jax.Array, keeps_enough: Callable[[jax.Array], j
     return lax.fori_loop(0, 32, decide_bit, jnp.zeros(keys_SV.shape[0], jnp.uint32))
 
 
-def truncate(logits_SV: jax.Array, inputs: SamplingInputs) -> jax.Array:
+def truncate(logits_SV: jax.Array, inputs: SamplingInputs, *, is_deterministic: bool = False) -> jax.Array:
     """Returns the logits, already divided by temperature, with what min-p, top-k and top-p drop at -inf."""
     best_S = jnp.max(logits_SV, axis=-1)
     floor_S = best_S + jnp.log(jnp.maximum(inputs.min_p_S, jnp.finfo(jnp.float32).tiny))
@@ -89,19 +91,23 @@ def truncate(logits_SV: jax.Array, inputs: SamplingInputs) -> jax.Array:
     threshold_S = _largest_threshold(keys_SV, lambda kept: jnp.sum(kept, axis=-1, dtype=jnp.int32) >= top_k_S)
     logits_SV = jnp.where(keys_SV >= threshold_S[:, None], logits_SV, -jnp.inf)
 
-    probs_SV = jax.nn.softmax(logits_SV, axis=-1)
-    target_S = inputs.top_p_S * jnp.sum(probs_SV, axis=-1)
-    threshold_S = _largest_threshold(keys_SV, lambda kept: jnp.sum(jnp.where(kept, probs_SV, 0.0), axis=-1) >= target_S)
+    softmax, sum_rows = (sums.softmax, sums.row_sums) if is_deterministic else (jax.nn.softmax, partial(jnp.sum, axis=-1))
+    probs_SV = softmax(logits_SV)
+    target_S = inputs.top_p_S * sum_rows(probs_SV)
+    threshold_S = _largest_threshold(keys_SV, lambda kept: sum_rows(jnp.where(kept, probs_SV, 0.0)) >= target_S)
     keep = (keys_SV >= threshold_S[:, None]) | (inputs.top_p_S >= 1.0)[:, None]
     return jnp.where(keep, logits_SV, -jnp.inf)
 
 
-def _draw(logits_SV: jax.Array, inputs: SamplingInputs) -> jax.Array:
+def _draw(logits_SV: jax.Array, inputs: SamplingInputs, *, is_deterministic: bool) -> jax.Array:
     """Returns a token a row by inverse transform of one uniform number, from a key of request and position alone."""
     keys = jax.random.wrap_key_data(inputs.keys_S2, impl="threefry2x32")
     keys = jax.vmap(jax.random.fold_in)(keys, inputs.positions_S)
     uniform_S = jax.vmap(lambda key: jax.random.uniform(key, (), jnp.float32))(keys)
-    weights_SV = jnp.exp(logits_SV - jnp.max(logits_SV, axis=-1, keepdims=True))
+    if is_deterministic:
+        _, weights_SV = sums.exp_below_max(logits_SV)
+    else:
+        weights_SV = jnp.exp(logits_SV - jnp.max(logits_SV, axis=-1, keepdims=True))
     cumulative_SV = jnp.cumsum(weights_SV, axis=-1)
     target_S = uniform_S * cumulative_SV[:, -1]
     drawn_S = jnp.sum(cumulative_SV <= target_S[:, None], axis=-1, dtype=jnp.int32)
@@ -111,24 +117,28 @@ def _draw(logits_SV: jax.Array, inputs: SamplingInputs) -> jax.Array:
     return jnp.minimum(drawn_S, last_S)
 
 
-def _sample_random(logits_SV: jax.Array, inputs: SamplingInputs) -> jax.Array:
+def _sample_random(logits_SV: jax.Array, inputs: SamplingInputs, *, is_deterministic: bool) -> jax.Array:
     logits_SV = logits_SV / jnp.maximum(inputs.temperature_S, GREEDY_BELOW)[:, None]
     is_truncated = (inputs.top_k_S > 0) | (inputs.top_p_S < 1.0) | (inputs.min_p_S > 0.0)
-    logits_SV = lax.cond(jnp.any(is_truncated), lambda x: truncate(x, inputs), lambda x: x, logits_SV)
-    return _draw(logits_SV, inputs)
+    logits_SV = lax.cond(
+        jnp.any(is_truncated), lambda x: truncate(x, inputs, is_deterministic=is_deterministic), lambda x: x, logits_SV
+    )
+    return _draw(logits_SV, inputs, is_deterministic=is_deterministic)
 
 
 def _log_probabilities(
-    raw_SV: jax.Array, tokens_S: jax.Array, width: int
+    raw_SV: jax.Array, tokens_S: jax.Array, width: int, *, is_deterministic: bool
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    logprobs_SV = jax.nn.log_softmax(raw_SV, axis=-1)
+    logprobs_SV = sums.log_softmax(raw_SV) if is_deterministic else jax.nn.log_softmax(raw_SV, axis=-1)
     chosen_S = jnp.take_along_axis(logprobs_SV, tokens_S[:, None], axis=-1)[:, 0]
     ranks_S = jnp.sum(logprobs_SV > chosen_S[:, None], axis=-1, dtype=jnp.int32) + 1
     top_SQ, ids_SQ = lax.top_k(logprobs_SV, width)
     return chosen_S, ranks_S, ids_SQ.astype(jnp.int32), top_SQ
 
 
-def sample(raw_SV: jax.Array, allowed_SW: jax.Array, inputs: SamplingInputs, max_logprobs: int) -> Sampled:
+def sample(
+    raw_SV: jax.Array, allowed_SW: jax.Array, inputs: SamplingInputs, max_logprobs: int, *, is_deterministic: bool = False
+) -> Sampled:
     """Samples one token a row.
 
     Args:
@@ -136,6 +146,7 @@ def sample(raw_SV: jax.Array, allowed_SW: jax.Array, inputs: SamplingInputs, max
         allowed_SW: uint32 words, a bit a token that may be sampled.
         inputs: parameters of each row.
         max_logprobs: static width of the reported alternatives.
+        is_deterministic: a row's bits do not depend on how many rows there are.
     """
     num_rows, vocab_size = raw_SV.shape
     masked_SV = jnp.where(expand_mask(allowed_SW, vocab_size), raw_SV, -jnp.inf)
@@ -144,7 +155,7 @@ def sample(raw_SV: jax.Array, allowed_SW: jax.Array, inputs: SamplingInputs, max
     tokens_S = lax.cond(
         jnp.all(is_greedy_S),
         lambda logits: greedy_S,
-        lambda logits: jnp.where(is_greedy_S, greedy_S, _sample_random(logits, inputs)),
+        lambda logits: jnp.where(is_greedy_S, greedy_S, _sample_random(logits, inputs, is_deterministic=is_deterministic)),
         masked_SV,
     )
     is_sound_S = jnp.isfinite(jnp.max(masked_SV, axis=-1)) & ~jnp.any(jnp.isnan(raw_SV), axis=-1)
@@ -156,6 +167,9 @@ def sample(raw_SV: jax.Array, allowed_SW: jax.Array, inputs: SamplingInputs, max
         jnp.zeros((num_rows, width), jnp.float32),
     )
     details = lax.cond(
-        jnp.any(inputs.wants_logprobs_S > 0), lambda x: _log_probabilities(x, tokens_S, width), lambda x: empty, raw_SV
+        jnp.any(inputs.wants_logprobs_S > 0),
+        lambda x: _log_probabilities(x, tokens_S, width, is_deterministic=is_deterministic),
+        lambda x: empty,
+        raw_SV,
     )
     return Sampled(jnp.where(is_sound_S, tokens_S, -1), *details)

@@ -104,7 +104,9 @@ def head(
             return lax.dynamic_slice_in_dim(x, ctx.device_index() * share, share)
 
         sampling, allowed_SW = jax.tree.map(my_rows, (sampling, allowed_SW))
-    sampled = sample(logits[:, : model.vocab_size], allowed_SW, sampling, max_logprobs)
+    sampled = sample(
+        logits[:, : model.vocab_size], allowed_SW, sampling, max_logprobs, is_deterministic=ctx.linear.is_deterministic
+    )
     if devices > 1:
         gathered = jax.tree.map(lambda x: lax.all_gather(x, TENSOR_AXES, tiled=True), sampled)
         sampled = jax.tree.map(lambda x: x[: rows_S.shape[0]], gathered)
