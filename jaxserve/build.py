@@ -142,8 +142,8 @@ def resolve(
     """Returns every decided field, and the tiles of attention on this platform."""
     if config.deterministic and platform != "cpu":
         raise ConfigError(
-            f"deterministic must be False on platform {platform!r}, got True: there XLA chooses a matmul for each number of rows, and "
-            "which one adds in which order is not known before it runs. On a CPU it holds."
+            f"deterministic must be False on platform {platform!r}, got True: there XLA chooses a matmul for each number of rows "
+            "anew, and which adds in which order is not known before it runs. On a CPU it holds."
         )
     defaults = DEFAULTS[platform]
     parallel = _parallelism(config, model)

@@ -5,7 +5,7 @@ file. Numerics as in Hugging Face's models.
 """
 
 from collections.abc import Callable, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ from jaxserve.models.layers import ACTIVATIONS, RMSNorm, embed, padded_vocab, pa
 from jaxserve.models.linear import linear
 from jaxserve.models.model import ModelContext, ServedParams
 from jaxserve.models.rope import Rope, rotate
+from jaxserve.models.sums import whole_rows
 from jaxserve.models.weights import Parameter
 from jaxserve.plan import KVSpec
 from sharding import axes
@@ -29,7 +30,7 @@ Angles = Mapping[Rope, tuple[jax.Array, jax.Array]]
 
 
 class DecoderLayer(nnx.Module):
-    """One layer in the served layout: q, k and v in one matrix, gate and up in another, a block of rows a device; all [out, in]."""
+    """One layer in the served layout: q, k, v in one matrix, gate and up in another, all [out, in], a block of rows a device."""
 
     def __init__(self, config: DecoderConfig, index: int, parallel: TensorParallelism, dtype: Any):
         c, t = config, parallel.size
@@ -74,15 +75,18 @@ class DecoderLayer(nnx.Module):
         q_TNH, k_TKH, v_TKH = jnp.split(qkv.reshape(num_tokens, n + 2 * k, c.head_dim), [n, n + k], axis=1)
         if self.q_norm is not None and self.k_norm is not None:
             q_TNH, k_TKH = self.q_norm(q_TNH, ctx), self.k_norm(k_TKH, ctx)
-        turn = angles[c.ropes[self.index]]
-        cache.write(self.index, rotate(k_TKH, *turn), v_TKH)
-        out_TNH = cache.attend(self.index, rotate(q_TNH, *turn), scale=c.query_scale, soft_cap=c.attention_soft_cap)
+        turn = partial(rotate, is_deterministic=ctx.linear.is_deterministic)
+        cos_sin = angles[c.ropes[self.index]]
+        cache.write(self.index, turn(k_TKH, *cos_sin), v_TKH)
+        out_TNH = cache.attend(self.index, turn(q_TNH, *cos_sin), scale=c.query_scale, soft_cap=c.attention_soft_cap)
         return _sum_with_bias(out_TNH.reshape(num_tokens, n * c.head_dim), self.o, self.o_bias, ctx)
 
     def feed_forward(self, x_TD: jax.Array, ctx: ModelContext) -> jax.Array:
         gate_up = linear(x_TD, self.gate_up.get_value(), ctx.linear, bias_F=_value(self.gate_up_bias))
         gate_TF, up_TF = jnp.split(gate_up, 2, axis=-1)
-        return _sum_with_bias(ACTIVATIONS[self.config.activation](gate_TF) * up_TF, self.down, self.down_bias, ctx)
+        activation = ACTIVATIONS[self.config.activation]
+        gate_TF = whole_rows(activation, gate_TF) if ctx.linear.is_deterministic else activation(gate_TF)
+        return _sum_with_bias(gate_TF * up_TF, self.down, self.down_bias, ctx)
 
 
 def _value(param: nnx.Param | None) -> jax.Array | None:

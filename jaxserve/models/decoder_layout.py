@@ -1,7 +1,7 @@
 """The two shapes of a decoder's parameters: the canonical tree, and the served layout made from it.
 
-Served: every matrix [out, in]; q, k and v in one and gate and up in another, one block of rows a device; biases follow their rows;
-the vocabulary is padded so that it divides. Knows which heads a device has.
+Served: every matrix [out, in]; q, k and v in one and gate and up in another, one block of rows a device; biases follow their
+rows; the vocabulary is padded so that it divides. Knows which heads a device has.
 """
 
 from collections.abc import Mapping

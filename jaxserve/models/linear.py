@@ -12,15 +12,16 @@ from jax import lax
 
 SWAPPED_ROWS = 128
 """Most rows for which float32 on a CPU computes weight @ x.T instead of x @ weight.T: YNNPACK then packs the few rows of x, and
-not the weight (768 -> 4096, 2 cores: 580 instead of 760 µs at 8 rows, 1.18 instead of 1.48 ms at 32, alike at 128, 5 % slower at 512)."""
+not the weight (768 -> 4096, 2 cores: 580 instead of 760 µs at 8 rows, 1.18 instead of 1.48 ms at 32; alike at 128, 5 % slower
+at 512)."""
 
 DETERMINISTIC_COMPILER_OPTIONS = {"cpu": {"xla_cpu_enable_platform_dependent_math": False}, "gpu": {}}
-"""What XLA must be told when programs are compiled for a deterministic `LinearContext`. On a CPU: YNNPACK's consistent arithmetic,
-in which a sum is one chain of fused multiply-adds instead of a number of lanes that depends on the rows."""
+"""What XLA must be told when programs are compiled for a deterministic `LinearContext`. On a CPU: YNNPACK's consistent
+arithmetic, in which a sum is one chain of fused multiply-adds instead of a number of lanes that depends on the rows."""
 
 CHAIN_ELEMENTS = 1 << 15
 """Elements of x in one block of YNNPACK's loop over the inner dimension (128 KiB of float32): a sum is one chain as long as
-inner size x rows, rounded up to a vector, stay below it, and blocks' sums are added up beyond. Measured on jax 0.10.2 with AVX-512:
+inner size x rows, rounded up to a vector, stay below it, and blocks' sums are added up beyond. Measured, jax 0.10.2, AVX-512;
 768 in: equal bits from 2 to 32 rows, others at 33 and at 64; 2,048 in: from 2 to 16; 512 in: whatever the rows."""
 
 VECTOR_ROWS = 16
@@ -82,7 +83,7 @@ def _tiled(x_TD: jax.Array, weight_FD: jax.Array) -> jax.Array:
     """Returns the product in tiles of so many rows that each sum is one chain, or always the same blocks of it."""
     T, D = x_TD.shape
     rows = rows_per_product(D)
-    if rows is None or T <= rows:
+    if rows is None or rows >= T:
         is_same_for_all = rows is None or D * rows <= CHAIN_ELEMENTS
         return _swapped(x_TD if is_same_for_all else _pad_rows(x_TD, rows), weight_FD)[:T]
     tiles_IUD = jnp.pad(x_TD, ((0, -T % rows), (0, 0))).reshape(-1, rows, D)

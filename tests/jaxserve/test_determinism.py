@@ -1,8 +1,8 @@
-"""The same request has the same tokens and the same bits of log-probability on a CPU, in any engine and any company (DESIGN section 9).
+"""The same request has the same tokens and the same log-probabilities, bit for bit, in any engine and any company, on a CPU.
 
-Engines that differ in every limit (rows, chunk, buckets, pages, prefix cache) answer the same requests alone, together, in another
-order, from cached pages and after preemptions. That these things did happen is asserted; and so is that the fast mode differs, for
-a comparison that could not tell would prove nothing.
+DESIGN section 9. Engines that differ in every limit (rows, chunk, buckets, pages, prefix cache) answer the same requests alone,
+together, in another order, from cached pages and after preemptions. That these things did happen is asserted; and so is that the
+fast mode differs, for a comparison that could not tell would prove nothing.
 """
 
 import dataclasses
