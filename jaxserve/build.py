@@ -134,7 +134,7 @@ def build(
         params,
         resolved,
         mesh,
-        ModelContext(LinearContext(platform), _parallelism(config, model)),
+        ModelContext(LinearContext(platform, config.deterministic), _parallelism(config, model)),
         AttentionContext(tiling, config.attention_backend),
         processors,
         cache,
@@ -174,6 +174,11 @@ def resolve(
     processors: Sequence[LogitsProcessor] = (),
 ) -> tuple[ResolvedConfig, Tiling]:
     """Returns every decided field, and the tiles of attention on this platform."""
+    if config.deterministic and platform != "cpu":
+        raise ConfigError(
+            f"deterministic must be False on platform {platform!r}, got True: there XLA chooses a matmul for each number of rows "
+            "anew, and which adds in which order is not known before it runs. On a CPU it holds."
+        )
     defaults = DEFAULTS[platform]
     parallel = _parallelism(config, model)
     specs = model.kv_specs()
@@ -233,6 +238,7 @@ def resolve(
         logprobs_mode=config.logprobs_mode,
         logits_processors=tuple((p.name, p.num_params) for p in processors),
         attention_backend=config.attention_backend,
+        deterministic=config.deterministic,
     )
     return resolved, tiling
 

@@ -43,6 +43,8 @@ class EngineConfig:
             a directory with such a file.
         attention_backend: "auto", or the name of one implementation of paged attention.
         enable_prefix_caching: keep pages that nobody holds, until their room is needed, for prompts that begin alike.
+        deterministic: the same request gives the same bits, whatever runs beside it, however it is cut into steps and whatever
+            the limits above are; on a CPU.
         token_buckets: sizes of the mixed program [tokens]; fewer start faster, more pad less. The largest must be
             max_num_batched_tokens.
         sequence_buckets: sizes of the decode and head programs [sequences]; likewise, up to max_num_seqs.
@@ -71,6 +73,7 @@ class EngineConfig:
     generation_config: str = "auto"
     attention_backend: str = "auto"
     enable_prefix_caching: bool = True
+    deterministic: bool = False
     token_buckets: tuple[int, ...] | None = None
     sequence_buckets: tuple[int, ...] | None = None
     compilation_cache_dir: str | None = None
@@ -109,7 +112,7 @@ class EngineConfig:
             raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}.")
         if not isinstance(self.attention_backend, str):
             raise ConfigError(f"attention_backend must be a string, got {self.attention_backend!r}.")
-        for name in ("skip_tokenizer_init", "enable_prefix_caching"):
+        for name in ("skip_tokenizer_init", "enable_prefix_caching", "deterministic"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, got {getattr(self, name)!r}.")
         share = self.gpu_memory_utilization
@@ -183,3 +186,4 @@ class ResolvedConfig:
     logprobs_mode: str
     logits_processors: tuple[tuple[str, int], ...]
     attention_backend: str
+    deterministic: bool = False

@@ -22,6 +22,7 @@ from jaxserve.execution.sampling import Sampled
 from jaxserve.execution.scores import Scores
 from jaxserve.execution.state import DeviceState, abstract_state, state_specs
 from jaxserve.models.attention import AttentionContext
+from jaxserve.models.linear import DETERMINISTIC_COMPILER_OPTIONS
 from jaxserve.models.model import Model, ModelContext
 from jaxserve.plan import kv_groups
 from sharding.axes import TENSOR_AXES
@@ -116,9 +117,12 @@ class ProgramFactory:
             shardings = jax.tree.map(
                 lambda spec: NamedSharding(self._mesh, spec), out_specs, is_leaf=lambda x: isinstance(x, PartitionSpec)
             )
-            return jax.jit(sharded, donate_argnums=donates, out_shardings=shardings).lower(*arguments).compile()
+            lowered = jax.jit(sharded, donate_argnums=donates, out_shardings=shardings).lower(*arguments)
+            return lowered.compile(compiler_options=options)
 
-        return self._cache.load_or_compile(compile_program, function, in_specs, out_specs, arguments, donates)
+        config = self._config
+        options = DETERMINISTIC_COMPILER_OPTIONS[config.platform] if config.deterministic else None
+        return self._cache.load_or_compile(compile_program, function, in_specs, out_specs, arguments, donates, options)
 
     def backbone(self, bucket: BackboneBucket) -> Program:
         layout = backbone_layout(self._ladder, bucket, self._num_groups)
@@ -203,7 +207,7 @@ class ProgramFactory:
     def pool(self) -> Program:
         config = self._config
         layout = pool_layout(config.max_num_batched_tokens)
-        run = functools.partial(step.pool, model=self._model, num_rows=config.max_num_seqs)
+        run = functools.partial(step.pool, model=self._model, ctx=self._ctx, num_rows=config.max_num_seqs)
 
         def program(params: Any, hidden: jax.Array, buffer: jax.Array) -> jax.Array:
             return run(params, hidden, layout.unpack(buffer)["rows_M"])

@@ -16,6 +16,7 @@ from jax import lax
 from jaxserve.execution.logits import PROCESSED, LogitsProcessor, Rows, SamplingInputs, adjust, is_adjusted
 from jaxserve.execution.scores import Scores, no_scores, score, with_picked
 from jaxserve.execution.struct import Leaf, struct
+from jaxserve.models import sums
 from jaxserve.request import GREEDY_BELOW
 
 
@@ -49,7 +50,7 @@ def _largest_threshold(keys_SV: jax.Array, keeps_enough: Callable[[jax.Array], j
     return lax.fori_loop(0, 32, decide_bit, jnp.zeros(keys_SV.shape[0], jnp.uint32))
 
 
-def truncate(logits_SV: jax.Array, inputs: SamplingInputs) -> jax.Array:
+def truncate(logits_SV: jax.Array, inputs: SamplingInputs, *, is_deterministic: bool = False) -> jax.Array:
     """Returns the logits, already divided by temperature, with what min-p, top-k and top-p drop at -inf."""
     best_S = jnp.max(logits_SV, axis=-1)
     floor_S = best_S + jnp.log(jnp.maximum(inputs.min_p_S, jnp.finfo(jnp.float32).tiny))
@@ -61,19 +62,23 @@ def truncate(logits_SV: jax.Array, inputs: SamplingInputs) -> jax.Array:
     threshold_S = _largest_threshold(keys_SV, lambda kept: jnp.sum(kept, axis=-1, dtype=jnp.int32) >= top_k_S)
     logits_SV = jnp.where(keys_SV >= threshold_S[:, None], logits_SV, -jnp.inf)
 
-    probs_SV = jax.nn.softmax(logits_SV, axis=-1)
-    target_S = inputs.top_p_S * jnp.sum(probs_SV, axis=-1)
-    threshold_S = _largest_threshold(keys_SV, lambda kept: jnp.sum(jnp.where(kept, probs_SV, 0.0), axis=-1) >= target_S)
+    softmax, sum_rows = (sums.softmax, sums.row_sums) if is_deterministic else (jax.nn.softmax, partial(jnp.sum, axis=-1))
+    probs_SV = softmax(logits_SV)
+    target_S = inputs.top_p_S * sum_rows(probs_SV)
+    threshold_S = _largest_threshold(keys_SV, lambda kept: sum_rows(jnp.where(kept, probs_SV, 0.0)) >= target_S)
     keep = (keys_SV >= threshold_S[:, None]) | (inputs.top_p_S >= 1.0)[:, None]
     return jnp.where(keep, logits_SV, -jnp.inf)
 
 
-def _draw(logits_SV: jax.Array, inputs: SamplingInputs) -> jax.Array:
+def _draw(logits_SV: jax.Array, inputs: SamplingInputs, *, is_deterministic: bool) -> jax.Array:
     """Returns a token a row by inverse transform of one uniform number, from a key of request and position alone."""
     keys = jax.random.wrap_key_data(inputs.keys_S2, impl="threefry2x32")
     keys = jax.vmap(jax.random.fold_in)(keys, inputs.positions_S)
     uniform_S = jax.vmap(lambda key: jax.random.uniform(key, (), jnp.float32))(keys)
-    weights_SV = jnp.exp(logits_SV - jnp.max(logits_SV, axis=-1, keepdims=True))
+    if is_deterministic:
+        _, weights_SV = sums.exp_below_max(logits_SV)
+    else:
+        weights_SV = jnp.exp(logits_SV - jnp.max(logits_SV, axis=-1, keepdims=True))
     cumulative_SV = jnp.cumsum(weights_SV, axis=-1)
     target_S = uniform_S * cumulative_SV[:, -1]
     drawn_S = jnp.sum(cumulative_SV <= target_S[:, None], axis=-1, dtype=jnp.int32)
@@ -83,11 +88,12 @@ def _draw(logits_SV: jax.Array, inputs: SamplingInputs) -> jax.Array:
     return jnp.minimum(drawn_S, last_S)
 
 
-def _process(logits_SV: jax.Array, inputs: SamplingInputs) -> jax.Array:
+def _process(logits_SV: jax.Array, inputs: SamplingInputs, *, is_deterministic: bool) -> jax.Array:
     """Returns the logits that rows with a temperature draw from; greedy rows' as they are."""
     scaled_SV = logits_SV / jnp.maximum(inputs.temperature_S, GREEDY_BELOW)[:, None]
     is_truncated = (inputs.top_k_S > 0) | (inputs.top_p_S < 1.0) | (inputs.min_p_S > 0.0)
-    scaled_SV = lax.cond(jnp.any(is_truncated), lambda x: truncate(x, inputs), lambda x: x, scaled_SV)
+    cut = partial(truncate, inputs=inputs, is_deterministic=is_deterministic)
+    scaled_SV = lax.cond(jnp.any(is_truncated), cut, lambda x: x, scaled_SV)
     return jnp.where(_is_greedy(inputs)[:, None], logits_SV, scaled_SV)
 
 
@@ -96,14 +102,22 @@ def _is_greedy(inputs: SamplingInputs) -> jax.Array:
 
 
 def _scores(
-    logits_SV: jax.Array, tokens_S: jax.Array, inputs: SamplingInputs, rows: Rows, width: int, *, has_all: bool
+    logits_SV: jax.Array,
+    tokens_S: jax.Array,
+    inputs: SamplingInputs,
+    rows: Rows,
+    width: int,
+    *,
+    has_all: bool,
+    is_deterministic: bool,
 ) -> Scores:
     """Scores of the tokens where a row of the batch asks for any."""
 
     def given(logits_SV: jax.Array) -> Scores:
-        scores = score(logits_SV, tokens_S, width, has_all=has_all)
+        scores = score(logits_SV, tokens_S, width, has_all=has_all, is_deterministic=is_deterministic)
         ids_SI = rows.state.picked_ids_RI[rows.rows_S]
-        return lax.cond(jnp.any(inputs.picks_S > 0), lambda x: with_picked(scores, x, ids_SI), lambda _: scores, logits_SV)
+        picked = partial(with_picked, scores, ids_SI=ids_SI, is_deterministic=is_deterministic)
+        return lax.cond(jnp.any(inputs.picks_S > 0), picked, lambda _: scores, logits_SV)
 
     if has_all:
         return given(logits_SV)
@@ -119,6 +133,7 @@ def sample(
     *,
     max_logprobs: int,
     has_all: bool = False,
+    is_deterministic: bool = False,
     processors: Sequence[LogitsProcessor] = (),
 ) -> Sampled:
     """Samples one token a row.
@@ -130,12 +145,20 @@ def sample(
         rows: what the device keeps of each row.
         max_logprobs: static width of the reported alternatives.
         has_all: whether the whole vocabulary's log-probabilities are given.
+        is_deterministic: a row's bits do not depend on how many rows there are.
         processors: in the order of inputs.processors.
     """
     best_S = jnp.argmax(raw_SV, axis=-1).astype(jnp.int32)  # of a NaN, if there is one
     is_sound_S = jnp.isfinite(jnp.take_along_axis(raw_SV, best_S[:, None], axis=-1)[:, 0])
 
-    scores_of = partial(_scores, inputs=inputs, rows=rows, width=min(max_logprobs, raw_SV.shape[1]), has_all=has_all)
+    scores_of = partial(
+        _scores,
+        inputs=inputs,
+        rows=rows,
+        width=min(max_logprobs, raw_SV.shape[1]),
+        has_all=has_all,
+        is_deterministic=is_deterministic,
+    )
 
     def plain(raw_SV: jax.Array) -> tuple[jax.Array, jax.Array, Scores]:
         return best_S, is_sound_S, scores_of(raw_SV, best_S)
@@ -145,11 +168,16 @@ def sample(
         logits_SV = lax.cond(
             is_adjusted(inputs), lambda x: adjust(x, allowed_SW, inputs, rows, processors), lambda x: x, raw_SV
         )
-        logits_SV = lax.cond(is_random, lambda x: _process(x, inputs), lambda x: x, logits_SV)
+        logits_SV = lax.cond(
+            is_random, lambda x: _process(x, inputs, is_deterministic=is_deterministic), lambda x: x, logits_SV
+        )
         greedy_S = jnp.argmax(logits_SV, axis=-1).astype(jnp.int32)
         top_S = jnp.take_along_axis(logits_SV, greedy_S[:, None], axis=-1)[:, 0]
         tokens_S = lax.cond(
-            is_random, lambda x: jnp.where(_is_greedy(inputs), greedy_S, _draw(x, inputs)), lambda x: greedy_S, logits_SV
+            is_random,
+            lambda x: jnp.where(_is_greedy(inputs), greedy_S, _draw(x, inputs, is_deterministic=is_deterministic)),
+            lambda x: greedy_S,
+            logits_SV,
         )
         is_processed_S = inputs.logprobs_S == PROCESSED
         reported_SV = jnp.where(is_processed_S[:, None], logits_SV, raw_SV)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxserve.execution.struct import Leaf, struct
+from jaxserve.models import sums
 from jaxserve.request import MAX_LOGPROB_TOKEN_IDS
 
 
@@ -45,7 +46,7 @@ def no_scores(num_rows: int, vocab_size: int, width: int, *, has_all: bool) -> S
     )
 
 
-def score(logits_SV: jax.Array, tokens_S: jax.Array, width: int, *, has_all: bool) -> Scores:
+def score(logits_SV: jax.Array, tokens_S: jax.Array, width: int, *, has_all: bool, is_deterministic: bool = False) -> Scores:
     """Returns the scores of one token a row, without `picked`.
 
     Args:
@@ -53,8 +54,9 @@ def score(logits_SV: jax.Array, tokens_S: jax.Array, width: int, *, has_all: boo
         tokens_S: token ids.
         width: static number of alternatives.
         has_all: whether all_SV is given.
+        is_deterministic: a row's bits do not depend on how many rows there are.
     """
-    logprobs_SV = jax.nn.log_softmax(logits_SV, axis=-1)
+    logprobs_SV = _log_softmax(logits_SV, is_deterministic=is_deterministic)
     chosen_S = jnp.take_along_axis(logprobs_SV, tokens_S[:, None], axis=-1)[:, 0]
     top_SQ, ids_SQ = lax.top_k(logprobs_SV, width)
     empty = no_scores(logits_SV.shape[0], logits_SV.shape[1], width, has_all=False)
@@ -69,12 +71,16 @@ def score(logits_SV: jax.Array, tokens_S: jax.Array, width: int, *, has_all: boo
     )
 
 
-def with_picked(scores: Scores, logits_SV: jax.Array, ids_SI: jax.Array) -> Scores:
+def with_picked(scores: Scores, logits_SV: jax.Array, ids_SI: jax.Array, *, is_deterministic: bool = False) -> Scores:
     """Returns the scores of given tokens beside the others; padding of ids_SI is past the vocabulary and gives anything."""
-    logprobs_SV = jax.nn.log_softmax(logits_SV, axis=-1)
+    logprobs_SV = _log_softmax(logits_SV, is_deterministic=is_deterministic)
     picked_SI = jnp.take_along_axis(logprobs_SV, jnp.minimum(ids_SI, logits_SV.shape[-1] - 1), axis=-1)
     ranks_IS = lax.map(lambda logprobs_S: _ranks(logprobs_SV, logprobs_S), picked_SI.T)
     return dataclasses.replace(scores, picked_logprobs_SI=picked_SI, picked_ranks_SI=ranks_IS.T)
+
+
+def _log_softmax(logits_SV: jax.Array, *, is_deterministic: bool) -> jax.Array:
+    return sums.log_softmax(logits_SV) if is_deterministic else jax.nn.log_softmax(logits_SV, axis=-1)
 
 
 def _ranks(logprobs_SV: jax.Array, logprobs_S: jax.Array) -> jax.Array:

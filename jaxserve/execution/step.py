@@ -140,6 +140,7 @@ def head(
         Rows(row_state, my_rows_S),
         max_logprobs=max_logprobs,
         has_all=has_all,
+        is_deterministic=ctx.linear.is_deterministic,
         processors=processors,
     )
     sampled = cut.gather(sampled)
@@ -162,12 +163,16 @@ def score_tokens(
     cut = RowCut(ctx, inputs.token_ids_C.shape[0])
     logits = cut.exchange(model.logits(params, hidden_MD[inputs.places_C], ctx))[:, : model.vocab_size]
     width = min(max_logprobs, model.vocab_size)
-    return cut.gather(score(logits, cut.mine(inputs.token_ids_C), width, has_all=True))
+    return cut.gather(
+        score(logits, cut.mine(inputs.token_ids_C), width, has_all=True, is_deterministic=ctx.linear.is_deterministic)
+    )
 
 
-def pool(params: Any, hidden_MD: jax.Array, rows_M: jax.Array, *, model: Model, num_rows: int) -> jax.Array:
+def pool(
+    params: Any, hidden_MD: jax.Array, rows_M: jax.Array, *, model: Model, ctx: ModelContext, num_rows: int
+) -> jax.Array:
     """Returns float32 [R, D]: the sum of each row's normed hidden states; `rows_M` is R where a position counts for nobody."""
-    normed_MD = model.final_norm(params, hidden_MD).astype(jnp.float32)
+    normed_MD = model.final_norm(params, hidden_MD, ctx).astype(jnp.float32)
     return jnp.zeros((num_rows, normed_MD.shape[1]), jnp.float32).at[rows_M].add(normed_MD, mode="drop")
 
 

@@ -5,7 +5,7 @@ file. Numerics as in Hugging Face's models.
 """
 
 from collections.abc import Callable, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ from jaxserve.models.layers import ACTIVATIONS, RMSNorm, embed, padded_vocab, pa
 from jaxserve.models.linear import linear
 from jaxserve.models.model import ModelContext, ServedParams
 from jaxserve.models.rope import Rope, rotate
+from jaxserve.models.sums import whole_rows
 from jaxserve.models.weights import Parameter
 from jaxserve.plan import KVSpec
 from sharding import axes
@@ -29,7 +30,7 @@ Angles = Mapping[Rope, tuple[jax.Array, jax.Array]]
 
 
 class DecoderLayer(nnx.Module):
-    """One layer in the served layout: q, k and v in one matrix, gate and up in another, a block of columns a device."""
+    """One layer in the served layout: q, k, v in one matrix, gate and up in another, all [out, in], a block of rows a device."""
 
     def __init__(self, config: DecoderConfig, index: int, parallel: TensorParallelism, dtype: Any):
         c, t = config, parallel.size
@@ -46,43 +47,46 @@ class DecoderLayer(nnx.Module):
             return parameter((size,), (axis,), dtype) if exists else None
 
         self.input_norm = norm()
-        self.qkv = parameter((c.hidden_size, qkv_width), (axes.EMBED, axes.FUSED), dtype)
+        self.qkv = parameter((qkv_width, c.hidden_size), (axes.FUSED, axes.EMBED), dtype)
         self.qkv_bias = bias(qkv_width, axes.FUSED, exists=c.has_qkv_bias)
         self.q_norm = norm(c.head_dim) if c.has_qk_norm else None
         self.k_norm = norm(c.head_dim) if c.has_qk_norm else None
-        self.o = parameter((c.num_heads * c.head_dim, c.hidden_size), (axes.HEADS, axes.EMBED), dtype)
+        self.o = parameter((c.hidden_size, c.num_heads * c.head_dim), (axes.EMBED, axes.HEADS), dtype)
         self.o_bias = bias(c.hidden_size, axes.EMBED, exists=c.has_o_bias)
         self.post_attention_norm = norm()
         self.pre_feedforward_norm = norm() if c.has_post_norms else None
-        self.gate_up = parameter((c.hidden_size, 2 * c.intermediate_size), (axes.EMBED, axes.FUSED), dtype)
+        self.gate_up = parameter((2 * c.intermediate_size, c.hidden_size), (axes.FUSED, axes.EMBED), dtype)
         self.gate_up_bias = bias(2 * c.intermediate_size, axes.FUSED, exists=c.has_mlp_bias)
-        self.down = parameter((c.intermediate_size, c.hidden_size), (axes.MLP, axes.EMBED), dtype)
+        self.down = parameter((c.hidden_size, c.intermediate_size), (axes.EMBED, axes.MLP), dtype)
         self.down_bias = bias(c.hidden_size, axes.EMBED, exists=c.has_mlp_bias)
         self.post_feedforward_norm = norm() if c.has_post_norms else None
 
     def __call__(self, x_TD: jax.Array, angles: Angles, cache: PagedCache, ctx: ModelContext) -> jax.Array:
-        attended_TD = self.attend(self.input_norm(x_TD), angles, cache, ctx)
+        attended_TD = self.attend(self.input_norm(x_TD, ctx), angles, cache, ctx)
         if self.pre_feedforward_norm is None or self.post_feedforward_norm is None:
             x_TD = x_TD + attended_TD
-            return x_TD + self.feed_forward(self.post_attention_norm(x_TD), ctx)
-        x_TD = x_TD + self.post_attention_norm(attended_TD)
-        return x_TD + self.post_feedforward_norm(self.feed_forward(self.pre_feedforward_norm(x_TD), ctx))
+            return x_TD + self.feed_forward(self.post_attention_norm(x_TD, ctx), ctx)
+        x_TD = x_TD + self.post_attention_norm(attended_TD, ctx)
+        return x_TD + self.post_feedforward_norm(self.feed_forward(self.pre_feedforward_norm(x_TD, ctx), ctx), ctx)
 
     def attend(self, x_TD: jax.Array, angles: Angles, cache: PagedCache, ctx: ModelContext) -> jax.Array:
         c, num_tokens, (n, k) = self.config, x_TD.shape[0], (self.num_heads, self.num_kv_heads)
-        qkv = linear(x_TD, self.qkv.get_value(), ctx.linear, bias=_value(self.qkv_bias))
+        qkv = linear(x_TD, self.qkv.get_value(), ctx.linear, bias_F=_value(self.qkv_bias))
         q_TNH, k_TKH, v_TKH = jnp.split(qkv.reshape(num_tokens, n + 2 * k, c.head_dim), [n, n + k], axis=1)
         if self.q_norm is not None and self.k_norm is not None:
-            q_TNH, k_TKH = self.q_norm(q_TNH), self.k_norm(k_TKH)
-        turn = angles[c.ropes[self.index]]
-        cache.write(self.index, rotate(k_TKH, *turn), v_TKH)
-        out_TNH = cache.attend(self.index, rotate(q_TNH, *turn), scale=c.query_scale, soft_cap=c.attention_soft_cap)
+            q_TNH, k_TKH = self.q_norm(q_TNH, ctx), self.k_norm(k_TKH, ctx)
+        turn = partial(rotate, is_deterministic=ctx.linear.is_deterministic)
+        cos_sin = angles[c.ropes[self.index]]
+        cache.write(self.index, turn(k_TKH, *cos_sin), v_TKH)
+        out_TNH = cache.attend(self.index, turn(q_TNH, *cos_sin), scale=c.query_scale, soft_cap=c.attention_soft_cap)
         return _sum_with_bias(out_TNH.reshape(num_tokens, n * c.head_dim), self.o, self.o_bias, ctx)
 
     def feed_forward(self, x_TD: jax.Array, ctx: ModelContext) -> jax.Array:
-        gate_up = linear(x_TD, self.gate_up.get_value(), ctx.linear, bias=_value(self.gate_up_bias))
+        gate_up = linear(x_TD, self.gate_up.get_value(), ctx.linear, bias_F=_value(self.gate_up_bias))
         gate_TF, up_TF = jnp.split(gate_up, 2, axis=-1)
-        return _sum_with_bias(ACTIVATIONS[self.config.activation](gate_TF) * up_TF, self.down, self.down_bias, ctx)
+        activation = ACTIVATIONS[self.config.activation]
+        gate_TF = whole_rows(activation, gate_TF) if ctx.linear.is_deterministic else activation(gate_TF)
+        return _sum_with_bias(gate_TF * up_TF, self.down, self.down_bias, ctx)
 
 
 def _value(param: nnx.Param | None) -> jax.Array | None:
@@ -90,7 +94,7 @@ def _value(param: nnx.Param | None) -> jax.Array | None:
 
 
 def _sum_with_bias(x: jax.Array, weight: nnx.Param, bias: nnx.Param | None, ctx: ModelContext) -> jax.Array:
-    """Returns x @ weight + bias, where each device has some rows of the weight; the bias is added once, to the sum."""
+    """Returns x @ weight.T + bias, where each device has some columns of the weight; the bias is added once, to the sum."""
     sums = ctx.sum_over_devices(linear(x, weight.get_value(), ctx.linear))
     return sums if bias is None else sums + bias.get_value()[None, :]
 
@@ -104,7 +108,7 @@ class DecoderModule(nnx.Module):
         self.layers = nnx.List([DecoderLayer(config, index, parallel, dtype) for index in range(config.num_layers)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, config.norm_offset)
         if not config.is_tied:
-            self.lm_head = parameter((config.hidden_size, rows), (axes.EMBED, axes.VOCAB), dtype)
+            self.lm_head = parameter((rows, config.hidden_size), (axes.VOCAB, axes.EMBED), dtype)
 
 
 class Decoder:
@@ -181,14 +185,14 @@ class Decoder:
             x_TD = layer(x_TD, angles, cache, ctx)
         return x_TD
 
-    def final_norm(self, params: ServedParams, hidden_TD: jax.Array) -> jax.Array:
-        return self._module(params).norm(hidden_TD)
+    def final_norm(self, params: ServedParams, hidden_TD: jax.Array, ctx: ModelContext) -> jax.Array:
+        return self._module(params).norm(hidden_TD, ctx)
 
     def logits(self, params: ServedParams, hidden_SD: jax.Array, ctx: ModelContext) -> jax.Array:
         c, module = self.config, self._module(params)
         weight = module.embedding if c.is_tied else module.lm_head
-        hidden_SD = module.norm(hidden_SD)
-        return unembed(weight.get_value(), hidden_SD, c.vocab_size, ctx, transposed=c.is_tied, soft_cap=c.logit_soft_cap)
+        hidden_SD = module.norm(hidden_SD, ctx)
+        return unembed(weight.get_value(), hidden_SD, c.vocab_size, ctx, soft_cap=c.logit_soft_cap)
 
 
 def sizes_for(config: DecoderConfig, limit: int) -> tuple[int, ...]:

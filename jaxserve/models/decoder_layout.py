@@ -1,7 +1,7 @@
 """The two shapes of a decoder's parameters: the canonical tree, and the served layout made from it.
 
-Served: q, k and v in one matrix and gate and up in another, one block of columns a device; biases follow their columns; the
-vocabulary is padded so that it divides. Knows which heads a device has.
+Served: every matrix [out, in]; q, k and v in one and gate and up in another, one block of rows a device; biases follow their
+rows; the vocabulary is padded so that it divides. Knows which heads a device has.
 """
 
 from collections.abc import Mapping
@@ -72,7 +72,7 @@ def serve_decoder(config: DecoderConfig, parallel: TensorParallelism, leaves: Ma
         "norm": {"scale": leaves["norm/scale"]},
     }
     if not config.is_tied:
-        served["lm_head"] = pad_rows(leaves["lm_head/kernel"].T, rows).T
+        served["lm_head"] = pad_rows(leaves["lm_head/kernel"].T, rows)
     split: dict[int, dict[str, jax.Array]] = {index: {} for index in range(config.num_layers)}
     for path, leaf in leaves.items():
         if path.startswith("layers/"):
@@ -100,10 +100,10 @@ def _serve_layer(config: DecoderConfig, parallel: TensorParallelism, layer: Mapp
     served: dict[str, Any] = {
         "input_norm": norm("input_layernorm"),
         "post_attention_norm": norm("post_attention_layernorm"),
-        "qkv": fused_qkv("kernel"),
-        "o": _blocks_of_heads(config, parallel, o_kernel).reshape(config.hidden_size, -1).T,
-        "gate_up": fused_gate_up("kernel"),
-        "down": layer["mlp/down_proj/kernel"],
+        "qkv": fused_qkv("kernel").T,
+        "o": _blocks_of_heads(config, parallel, o_kernel).reshape(config.hidden_size, -1),
+        "gate_up": fused_gate_up("kernel").T,
+        "down": layer["mlp/down_proj/kernel"].T,
     }
     if config.has_qkv_bias:
         served["qkv_bias"] = fused_qkv("bias")

@@ -13,6 +13,7 @@ from flax import nnx
 
 from jaxserve.models.linear import linear_f32
 from jaxserve.models.model import ModelContext
+from jaxserve.models.sums import in_vectors, row_sums
 
 
 def parameter(shape: tuple[int, ...], axes: tuple[str | None, ...], dtype: Any) -> nnx.Param:
@@ -38,9 +39,12 @@ class RMSNorm(nnx.Module):
         self.epsilon = epsilon
         self.offset = offset
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, ctx: ModelContext) -> jax.Array:
         y = x.astype(jnp.float32)
-        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.epsilon)
+        if ctx.linear.is_deterministic:
+            y = y * in_vectors(lambda sums: jax.lax.rsqrt(sums / x.shape[-1] + self.epsilon), row_sums(y * y))[..., None]
+        else:
+            y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.epsilon)
         scale = jnp.expand_dims(self.scale.get_value(), range(x.ndim - 1))
         if self.offset:
             return (y * (self.offset + scale.astype(jnp.float32))).astype(x.dtype)
@@ -63,16 +67,15 @@ def soft_capped(x: jax.Array, cap: float | None) -> jax.Array:
 
 
 def unembed(
-    weight: jax.Array,
+    weight_VD: jax.Array,
     hidden_SD: jax.Array,
     vocab_size: int,
     ctx: ModelContext,
     *,
-    transposed: bool,
     soft_cap: float | None = None,
 ) -> jax.Array:
     """Returns this device's logits in float32; columns past the vocabulary, which pad it to divide, are -inf."""
-    logits = soft_capped(linear_f32(hidden_SD, weight, ctx.linear, transposed=transposed), soft_cap)
+    logits = soft_capped(linear_f32(hidden_SD, weight_VD, ctx.linear), soft_cap)
     width = logits.shape[-1]
     if width * ctx.parallel.size == vocab_size:
         return logits

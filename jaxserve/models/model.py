@@ -99,7 +99,7 @@ class Model(Protocol):
         """Returns hidden states [T, D], before the final norm; updates the cache's pages."""
         ...
 
-    def final_norm(self, params: ServedParams, hidden_TD: jax.Array) -> jax.Array:
+    def final_norm(self, params: ServedParams, hidden_TD: jax.Array, ctx: ModelContext) -> jax.Array:
         """Returns what `logits` projects: the hidden states that embeddings are made of."""
         ...
 

@@ -12,9 +12,11 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from jaxserve.errors import ConfigError
 from jaxserve.models.config_fields import MAX_COUNT, count, flag, one_of, positive, section
+from jaxserve.models.sums import whole_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,14 +267,20 @@ class Rope:
             frequencies_TH = frequencies_TH * jnp.exp(jnp.log(stretch_T)[:, None] * powers_H[None, :])
         angles_TH = positions_T.astype(jnp.float32)[:, None] * frequencies_TH
         amplitude = self.scaling.amplitude()
-        return amplitude * jnp.cos(angles_TH)[:, None, :], amplitude * jnp.sin(angles_TH)[:, None, :]
+        cos_TH, sin_TH = whole_rows(jnp.cos, angles_TH), whole_rows(jnp.sin, angles_TH)
+        return amplitude * cos_TH[:, None, :], amplitude * sin_TH[:, None, :]
 
     def max_len(self, max_position_embeddings: int) -> int:
         """Returns the longest context that the model is made for [tokens]."""
         return self.scaling.max_len(max_position_embeddings)
 
 
-def rotate(x_TNH: jax.Array, cos_T1H: jax.Array, sin_T1H: jax.Array) -> jax.Array:
+def rotate(x_TNH: jax.Array, cos_T1H: jax.Array, sin_T1H: jax.Array, *, is_deterministic: bool = False) -> jax.Array:
     """Returns x with each pair (i, i + H/2) turned by its position's angle."""
     a, b = jnp.split(x_TNH.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos_T1H - b * sin_T1H, b * cos_T1H + a * sin_T1H], axis=-1).astype(x_TNH.dtype)
+    products = (a * cos_T1H, b * sin_T1H, b * cos_T1H, a * sin_T1H)
+    if is_deterministic:
+        # Either product may be fused into the sum, in one rounding, and XLA chooses anew in every program.
+        products = lax.optimization_barrier(products)
+    a_cos, b_sin, b_cos, a_sin = products
+    return jnp.concatenate([a_cos - b_sin, b_cos + a_sin], axis=-1).astype(x_TNH.dtype)

@@ -94,8 +94,8 @@ class Toy:
         answer_T = FIRST_PRINTABLE + jnp.mod(total_T, NUM_PRINTABLE).astype(jnp.int32)
         return jax.nn.one_hot(answer_T, VOCAB_SIZE, dtype=jnp.float32)
 
-    def final_norm(self, params: ServedParams, hidden_TD: jax.Array) -> jax.Array:
-        del params
+    def final_norm(self, params: ServedParams, hidden_TD: jax.Array, ctx: ModelContext) -> jax.Array:
+        del params, ctx
         return hidden_TD
 
     def logits(self, params: ServedParams, hidden_SD: jax.Array, ctx: ModelContext) -> jax.Array:

@@ -32,7 +32,7 @@ def cases(names, values):
         *cases("dtype", ["", "float64", "bf16", None, 16, np.float32]),
         *cases("model tokenizer compilation_cache_dir revision", [5, b"a", ["a"], True]),
         *cases("attention_backend", [None, 5]),
-        *cases("skip_tokenizer_init", [None, 0, "no"]),
+        *cases("skip_tokenizer_init deterministic", [None, 0, "no"]),
     ],
 )
 def test_a_bad_value_names_its_field(name, value):

@@ -166,6 +166,10 @@ def test_a_backend_that_cannot_serve_the_model_is_named_before_anything_compiles
     assert "pages are float32, q is bfloat16" in said
 
 
+def test_a_gpu_does_not_claim_to_be_deterministic():
+    assert "matmul for each number of rows" in refusal("h200", KVSpec("full", 2, 64), deterministic=True)
+
+
 def test_every_layer_has_to_be_served():
     config = EngineConfig(page_size=16, num_pages=64, max_model_len=256, attention_backend="triton")
     with on("h200") as (platform, device), pytest.raises(ConfigError, match="head_dim 512 > 256"):
