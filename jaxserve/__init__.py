@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jaxserve.async_engine import AsyncEngine
+    from jaxserve.beam_search import BeamSearchParams
     from jaxserve.config import EngineConfig
     from jaxserve.errors import (
         CheckpointError,
@@ -28,27 +29,32 @@ if TYPE_CHECKING:
         UnknownModelError,
     )
     from jaxserve.llm import LLM
-    from jaxserve.outputs import CompletionOutput, Logprob, RequestOutput
-    from jaxserve.request import SamplingParams
+    from jaxserve.outputs import CompletionOutput, FlatLogprobs, Logprob, PoolingRequestOutput, RequestOutput
+    from jaxserve.request import RepetitionDetection, RequestOutputKind, SamplingParams
 
 __version__ = "0.1.0.dev0"
 
 __all__ = [
     "LLM",
     "AsyncEngine",
+    "BeamSearchParams",
     "CheckpointError",
     "CompletionOutput",
     "ConfigError",
     "DrainingError",
     "EngineConfig",
     "EngineDeadError",
+    "FlatLogprobs",
     "IntegrityError",
     "InvalidRequestError",
     "JaxserveError",
     "Logprob",
     "ModelNotFoundError",
     "OverloadedError",
+    "PoolingRequestOutput",
+    "RepetitionDetection",
     "RequestOutput",
+    "RequestOutputKind",
     "SamplingParams",
     "UnknownModelError",
     "__version__",
@@ -57,10 +63,15 @@ __all__ = [
 _MODULE_OF = {
     "LLM": "llm",
     "AsyncEngine": "async_engine",
+    "BeamSearchParams": "beam_search",
     "CompletionOutput": "outputs",
     "EngineConfig": "config",
+    "FlatLogprobs": "outputs",
     "Logprob": "outputs",
+    "PoolingRequestOutput": "outputs",
+    "RepetitionDetection": "request",
     "RequestOutput": "outputs",
+    "RequestOutputKind": "request",
     "SamplingParams": "request",
 }
 """Where a public name lives; every other one lives in `errors`."""

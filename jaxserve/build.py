@@ -4,6 +4,7 @@ import os
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,19 +19,23 @@ from jaxserve.config import EngineConfig, ResolvedConfig
 from jaxserve.engine import Engine
 from jaxserve.engine_thread import EngineThread
 from jaxserve.errors import ConfigError
-from jaxserve.execution.buckets import powers_of_two
+from jaxserve.execution.buckets import num_scored_tokens, powers_of_two
 from jaxserve.execution.compilation import process_counter
+from jaxserve.execution.logits import LogitsProcessor
 from jaxserve.execution.memory import (
     CPU_DEFAULT_KV_BYTES,
     check_addressable,
     check_fits,
     check_host_memory,
     free_device_bytes,
+    host_memory_bytes,
     num_pages_for,
     page_bytes,
 )
+from jaxserve.execution.program_cache import ProgramCache
+from jaxserve.execution.row_state import row_state_bytes
 from jaxserve.execution.runner import Runner
-from jaxserve.model_source import ModelSource, find_model
+from jaxserve.model_source import ModelSource, find_model, sampling_defaults
 from jaxserve.models.attention import AttentionContext
 from jaxserve.models.linear import LinearContext
 from jaxserve.models.model import Model, ModelContext
@@ -39,6 +44,7 @@ from jaxserve.models.weights import check_complete
 from jaxserve.plan import kv_groups
 from jaxserve.request_factory import RequestFactory
 from jaxserve.scheduling.scheduler import Scheduler
+from jaxserve.structured.compiler import GrammarCompiler
 from jaxserve.tokenization.tokenizer import Tokenizer
 from kernels_pallas.paged_attention.api import IMPLEMENTATIONS, check_supported
 from kernels_pallas.paged_attention.tiling import Tiling, default_tiling
@@ -88,12 +94,19 @@ class BuiltEngine:
         self.client.close()
 
 
-def build(config: EngineConfig, *, source: ModelSource | None = None, show_progress: bool = True) -> BuiltEngine:
+def build(
+    config: EngineConfig,
+    *,
+    source: ModelSource | None = None,
+    processors: Sequence[LogitsProcessor] = (),
+    show_progress: bool = True,
+) -> BuiltEngine:
     """Returns a ready engine: weights on the devices, every program compiled.
 
     Args:
         config: the intent.
         source: a model that was found already; None looks up config.model.
+        processors: functions on logits that requests use by name.
         show_progress: a progress line on stderr while programs compile.
 
     Raises:
@@ -103,16 +116,17 @@ def build(config: EngineConfig, *, source: ModelSource | None = None, show_progr
     started = time.monotonic()
     _skip_the_search_for_accelerators()
     compilations = process_counter()
-    _use_compilation_cache(config.compilation_cache_dir)
     source = source or find_model(
         config.model, config.tokenizer, revision=config.revision, skip_tokenizer=config.skip_tokenizer_init
     )
+    defaults = sampling_defaults(source, config.generation_config)
     platform = _platform()
     model = _make_model(config, source, platform)
     mesh = make_mesh(_parallelism(config, model), _devices(config))
+    cache = _program_cache(config.compilation_cache_dir, mesh, (model, tuple(processors)))
     params = _load(model, source, mesh)
     loaded = time.monotonic()
-    resolved, tiling = resolve(config, source, model, platform, mesh)
+    resolved, tiling = resolve(config, source, model, platform, mesh, processors)
     runner = Runner(
         model,
         params,
@@ -120,6 +134,8 @@ def build(config: EngineConfig, *, source: ModelSource | None = None, show_progr
         mesh,
         ModelContext(LinearContext(platform), _parallelism(config, model)),
         AttentionContext(tiling, config.attention_backend),
+        processors,
+        cache,
     )
     with _ProgressLine(show_progress) as progress:
         runner.warmup(progress.update, num_threads=max(2, min(8, os.cpu_count() or 2)))
@@ -128,7 +144,13 @@ def build(config: EngineConfig, *, source: ModelSource | None = None, show_progr
     ready = time.monotonic()
     return BuiltEngine(
         client=client,
-        requests=RequestFactory(resolved, source.tokenizer, source.eos_token_ids),
+        requests=RequestFactory(
+            resolved,
+            source.tokenizer,
+            source.eos_token_ids,
+            defaults=defaults,
+            compiler=GrammarCompiler(source.tokenizer, resolved.vocab_size, source.eos_token_ids),
+        ),
         tokenizer=source.tokenizer,
         config=resolved,
         runner=runner,
@@ -137,7 +159,12 @@ def build(config: EngineConfig, *, source: ModelSource | None = None, show_progr
 
 
 def resolve(
-    config: EngineConfig, source: ModelSource, model: Model, platform: str, mesh: Mesh
+    config: EngineConfig,
+    source: ModelSource,
+    model: Model,
+    platform: str,
+    mesh: Mesh,
+    processors: Sequence[LogitsProcessor] = (),
 ) -> tuple[ResolvedConfig, Tiling]:
     """Returns every decided field, and the tiles of attention on this platform."""
     defaults = DEFAULTS[platform]
@@ -154,7 +181,9 @@ def resolve(
             "sequence needs a token for each."
         )
     bytes_a_page = page_bytes(specs, page_size, kv_dtype, parallel.kv)
-    num_pages = config.num_pages or num_pages_for(_kv_bytes(config, mesh), bytes_a_page)
+    num_pages = config.num_pages or num_pages_for(
+        _kv_bytes(config, mesh, row_state_bytes(max_num_seqs, model.vocab_size)), bytes_a_page
+    )
     max_model_len = _max_model_len(config, model, num_pages * page_size)
     check_fits(num_pages, page_size, max_model_len, bytes_a_page)
     if platform == "cpu":
@@ -176,6 +205,7 @@ def resolve(
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_tokens,
+        long_prefill_token_threshold=_long_prefill_threshold(config, max_tokens, page_size),
         page_size=page_size,
         num_pages=num_pages,
         max_pages_per_seq=-(-max_model_len // page_size),
@@ -188,9 +218,13 @@ def resolve(
         # Every row's first split, and all splits that a full pool can hold; shared pages may ask for more and then wait.
         max_decode_items=max(splits, max_num_seqs + num_pages * page_size // tiling.split_size),
         max_cached_pages=max(-(-max_model_len // page_size), MIN_CACHED_PAGES) if config.enable_prefix_caching else 0,
+        max_full_scores=num_scored_tokens(model.vocab_size, max_tokens),
         reads_prompt_len=model.reads_prompt_len,
+        max_host_bytes=config.max_host_bytes or host_memory_bytes() // 4,
         seed=config.seed,
         max_logprobs=min(config.max_logprobs, model.vocab_size),
+        logprobs_mode=config.logprobs_mode,
+        logits_processors=tuple((p.name, p.num_params) for p in processors),
         attention_backend=config.attention_backend,
     )
     return resolved, tiling
@@ -231,6 +265,14 @@ def _attention_tiling(
                 "first that can."
             ) from refusal
     return tiling
+
+
+def _long_prefill_threshold(config: EngineConfig, max_tokens: int, page_size: int) -> int:
+    """Four long prompts share a step; a chunk of less than a page would only cost steps."""
+    asked = config.long_prefill_token_threshold
+    if asked is None:
+        return max(max_tokens // 4, min(page_size, max_tokens))
+    return min(asked or max_tokens, max_tokens)
 
 
 def _buckets(name: str, asked: tuple[int, ...] | None, low: int, high: int, defaults: PlatformDefaults) -> tuple[int, ...]:
@@ -298,13 +340,14 @@ def _max_model_len(config: EngineConfig, model: Model, pool_tokens: int) -> int:
     return model.max_model_len
 
 
-def _kv_bytes(config: EngineConfig, mesh: Mesh) -> int:
-    """Returns the KV pool's share of one device [bytes]."""
+def _kv_bytes(config: EngineConfig, mesh: Mesh, reserved: int) -> int:
+    """Returns the KV pool's share of one device, less what other state takes there [bytes]."""
     if config.kv_cache_memory_bytes is not None:
         return config.kv_cache_memory_bytes
     free = free_device_bytes(mesh.devices.flat[0], config.gpu_memory_utilization)
     if free is None:
         return CPU_DEFAULT_KV_BYTES
+    free -= reserved
     if free <= 0:
         raise ConfigError(
             "The weights alone fill gpu_memory_utilization of the device: raise it, or use more devices (tensor_parallel_size)."
@@ -338,16 +381,18 @@ def _place(leaf: Any, target: jax.ShapeDtypeStruct) -> jax.Array:
     return jax.device_put(np.asarray(leaf).astype(target.dtype), target.sharding)
 
 
-def _use_compilation_cache(directory: str | None) -> None:
-    """Turns on XLA's persistent cache, for programs of any size; one that is configured already is left alone."""
-    if directory == "" or getattr(jax.config, "jax_compilation_cache_dir", None):
-        return
-    if directory is None:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        directory = str(base / "jaxserve" / "xla")
-    jax.config.update("jax_compilation_cache_dir", directory)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+def _program_cache(directory: str | None, mesh: Mesh, ingredients: Any) -> ProgramCache:
+    """Returns where compiled programs are kept; what it cannot keep goes into XLA's persistent cache, which traces first."""
+    root = Path(directory or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxserve")
+    configured = getattr(jax.config, "jax_compilation_cache_dir", None) or str(root / "xla")
+    if directory == "" or (directory is None and configured != str(root / "xla")):
+        return ProgramCache()
+    cache = ProgramCache(root / "programs", mesh.devices.flat, ingredients)
+    if not cache.is_on and configured == str(root / "xla"):
+        jax.config.update("jax_compilation_cache_dir", configured)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    return cache
 
 
 class _ProgressLine:

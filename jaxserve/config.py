@@ -10,6 +10,8 @@ from os import PathLike, fspath
 
 from jaxserve.errors import ConfigError
 
+LOGPROBS_MODES = ("raw", "processed")
+
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -26,12 +28,19 @@ class EngineConfig:
         max_model_len: longest prompt plus output [tokens].
         max_num_seqs: most requests computed in one step.
         max_num_batched_tokens: most tokens computed in one step; longer prompts are chunked.
+        long_prefill_token_threshold: most tokens of one prompt in a step, as long as others can use the rest of it; None is a
+            quarter of max_num_batched_tokens, 0 no limit.
         page_size: tokens in a KV page.
         num_pages: pages in the KV pool; overrides both memory settings below.
         gpu_memory_utilization: share of a GPU's memory for weights, programs and KV pool together.
         kv_cache_memory_bytes: size of the KV pool; overrides gpu_memory_utilization.
+        max_host_bytes: most of the host's memory that the answers of all running requests may take (log-probabilities above
+            all); None is a quarter of the machine's.
         seed: of the engine; a request without its own seed draws from it.
-        max_logprobs: largest `logprobs` a request may ask for.
+        max_logprobs: largest `logprobs` a request may ask for; -1, the whole vocabulary, is served in any case.
+        logprobs_mode: "raw" or "processed": what log-probabilities mean where a request does not say.
+        generation_config: where the sampling defaults come from: "auto" (the model's generation_config.json), "vllm" (none), or
+            a directory with such a file.
         attention_backend: "auto", or the name of one implementation of paged attention.
         enable_prefix_caching: keep pages that nobody holds, until their room is needed, for prompts that begin alike.
         token_buckets: sizes of the mixed program [tokens]; fewer start faster, more pad less. The largest must be
@@ -49,12 +58,16 @@ class EngineConfig:
     max_model_len: int | None = None
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
+    long_prefill_token_threshold: int | None = None
     page_size: int | None = None
     num_pages: int | None = None
     gpu_memory_utilization: float = 0.9
     kv_cache_memory_bytes: int | None = None
+    max_host_bytes: int | None = None
     seed: int = 0
     max_logprobs: int = 20
+    logprobs_mode: str = "raw"
+    generation_config: str = "auto"
     attention_backend: str = "auto"
     enable_prefix_caching: bool = True
     token_buckets: tuple[int, ...] | None = None
@@ -63,7 +76,7 @@ class EngineConfig:
     revision: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("model", "tokenizer", "compilation_cache_dir", "revision"):
+        for name in ("model", "tokenizer", "compilation_cache_dir", "revision", "generation_config"):
             value = getattr(self, name)
             if isinstance(value, PathLike):
                 object.__setattr__(self, name, fspath(value))
@@ -77,13 +90,20 @@ class EngineConfig:
             "page_size",
             "num_pages",
             "kv_cache_memory_bytes",
+            "max_host_bytes",
         ):
             if getattr(self, name) is not None or name == "tensor_parallel_size":
                 self._check_count(name, 1, 2**63 - 1, "a whole number of at least 1")
+        if self.long_prefill_token_threshold is not None:
+            self._check_count("long_prefill_token_threshold", 0, 2**63 - 1, "a whole number of at least 0")
         for name in ("token_buckets", "sequence_buckets"):
             self._check_buckets(name)
         self._check_count("seed", 0, 2**63 - 1, "a whole number in [0, 2**63)")
         self._check_count("max_logprobs", 0, 128, "a whole number in [0, 128]")
+        if self.logprobs_mode not in LOGPROBS_MODES:
+            raise ConfigError(f"logprobs_mode must be one of {', '.join(LOGPROBS_MODES)}, got {self.logprobs_mode!r}.")
+        if not isinstance(self.generation_config, str) or not self.generation_config:
+            raise ConfigError(f"generation_config must be auto, vllm or a directory, got {self.generation_config!r}.")
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}.")
         if not isinstance(self.attention_backend, str):
@@ -129,6 +149,9 @@ class ResolvedConfig:
         query_tile: query tokens of one prefill tile.
         max_decode_items: most decode work items in one step.
         max_cached_pages: most pages that the prefix cache may give in one step; 0 without one.
+        max_full_scores: most prompt tokens in one step that are scored over the whole vocabulary.
+        logits_processors: name and number of parameters of each registered one, in order.
+        max_host_bytes: a request whose results could take more is refused; see `jaxserve.host_bytes`.
         reads_prompt_len: keys depend on the prompt's length (RoPE scaling "dynamic"): only prompts of one length share pages.
     """
 
@@ -141,6 +164,7 @@ class ResolvedConfig:
     max_model_len: int
     max_num_seqs: int
     max_num_batched_tokens: int
+    long_prefill_token_threshold: int
     page_size: int
     num_pages: int
     max_pages_per_seq: int
@@ -150,7 +174,11 @@ class ResolvedConfig:
     query_tile: int
     max_decode_items: int
     max_cached_pages: int
+    max_full_scores: int
     reads_prompt_len: bool
+    max_host_bytes: int
     seed: int
     max_logprobs: int
+    logprobs_mode: str
+    logits_processors: tuple[tuple[str, int], ...]
     attention_backend: str

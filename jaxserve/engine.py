@@ -5,16 +5,19 @@ Single-threaded: `jaxserve.engine_thread` is the thread.
 """
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
+
 from jaxserve.engine_client import EngineStats
-from jaxserve.errors import IntegrityError, InvalidRequestError, JaxserveError
-from jaxserve.outputs import Logprob, RequestTimings, TokenDelta, TokenLogprobs
-from jaxserve.plan import SampledToken, StepPlan, StepResult
+from jaxserve.errors import ConstraintError, IntegrityError, InvalidRequestError, JaxserveError
+from jaxserve.outputs import RequestTimings, TokenDelta, TokenLogprobs, token_logprobs
+from jaxserve.plan import PromptScores, StepPlan, StepResult
 from jaxserve.request import Request
 from jaxserve.scheduling.scheduler import Committed, Scheduler
+from jaxserve.structured.constraint import TokenConstraint
 from jaxserve.tokenization.detokenizer import TextStream
 from jaxserve.tokenization.tokenizer import Tokenizer
 
@@ -23,6 +26,8 @@ class StepRunner(Protocol):
     """What the engine asks of `execution.runner.Runner`."""
 
     def dispatch(self, plan: StepPlan) -> Any: ...
+
+    def sample(self, handle: Any, allowed: Mapping[str, np.ndarray]) -> None: ...
 
     def wait(self, handle: Any) -> StepResult: ...
 
@@ -34,8 +39,15 @@ class _Stream:
     request: Request
     text: TextStream | None
     timings: RequestTimings
+    constraint: TokenConstraint | None = None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
     num_generated: int = 0
     num_cached_tokens: int = 0
+
+    def take_prompt_logprobs(self) -> list[TokenLogprobs | None] | None:
+        """Returns them once: the first delta has them."""
+        taken, self.prompt_logprobs = self.prompt_logprobs, None
+        return taken
 
 
 class Engine:
@@ -75,7 +87,13 @@ class Engine:
                 skip_special_tokens=request.sampling.skip_special_tokens,
                 spaces_between_special_tokens=request.sampling.spaces_between_special_tokens,
             )
-        self._streams[request.request_id] = _Stream(request, text, RequestTimings(arrived=time.monotonic()))
+        self._streams[request.request_id] = _Stream(
+            request,
+            text,
+            RequestTimings(arrived=time.monotonic()),
+            constraint=None if request.constraint is None else request.constraint.start(request.prompt_token_ids),
+            prompt_logprobs=None if request.sampling.prompt_logprobs is None else [None],
+        )
         self._scheduler.add(request)
         self._num_prompt_tokens += len(request.prompt_token_ids)
 
@@ -93,7 +111,11 @@ class Engine:
         return self._in_flight is not None or bool(self._streams)
 
     def step(self) -> list[TokenDelta]:
-        """Dispatches the next step, then returns what the one before it made."""
+        """Dispatches the next step, then returns what the one before it made.
+
+        Where a constraint decides which tokens are allowed, it has to know the token before: the step's backbone runs while that
+        is waited for, and its head is dispatched after.
+        """
         plan = self._scheduler.plan()
         previous = self._in_flight
         if plan is None and previous is None and self._streams:
@@ -103,9 +125,48 @@ class Engine:
             self._in_flight = self._runner.dispatch(plan)
             self._num_steps += 1
             self._note_admissions(plan)
-        if previous is None:
-            return []
-        return [self._delta(c) for c in self._scheduler.commit(self._runner.wait(previous))]
+        deltas = [] if previous is None else self._commit(self._runner.wait(previous))
+        if plan is not None and any(s.has_constraint for s in plan.sequences):
+            allowed, failures = self._allowed(plan)
+            self._runner.sample(self._in_flight, allowed)
+            deltas += failures
+        return deltas
+
+    def _commit(self, result: StepResult) -> list[TokenDelta]:
+        for request_id, scores in result.prompt_scores.items():
+            stream = self._streams.get(request_id)
+            if stream is not None and stream.prompt_logprobs is not None:
+                self._note_prompt_scores(stream, scores)
+        return [self._delta(c, result) for c in self._scheduler.commit(result)]
+
+    def _note_prompt_scores(self, stream: _Stream, scores: PromptScores) -> None:
+        """A prompt that is computed again, after a preemption, is scored again from its start."""
+        assert stream.prompt_logprobs is not None
+        del stream.prompt_logprobs[scores.start + 1 :]
+        token_ids = stream.request.prompt_token_ids[scores.start + 1 :]
+        stream.prompt_logprobs += [
+            token_logprobs(token_id, token, self._token_text)
+            for token_id, token in zip(token_ids, scores.tokens, strict=False)
+        ]
+
+    def _allowed(self, plan: StepPlan) -> tuple[dict[str, np.ndarray], list[TokenDelta]]:
+        """Returns the mask words of each constrained sequence of a step; a constraint that gives up ends its request."""
+        num_words = -(-self._scheduler.config.vocab_size // 32)
+        allowed: dict[str, np.ndarray] = {}
+        failures = []
+        for s in plan.sequences:
+            stream = self._streams.get(s.request_id)
+            if not s.has_constraint or stream is None or stream.constraint is None:
+                continue  # ended meanwhile: its token will be dropped
+            words = np.full(num_words, 0xFFFFFFFF, np.uint32)
+            try:
+                stream.constraint.restrict(words)
+            except ConstraintError as error:
+                self._scheduler.finish(s.request_id)
+                failures.append(self._last_delta(stream, [], None, "error", None, error))
+                continue
+            allowed[s.request_id] = words
+        return allowed, failures
 
     def _note_admissions(self, plan: StepPlan) -> None:
         if plan.admissions:
@@ -116,23 +177,33 @@ class Engine:
                     stream.timings.scheduled = now
                     stream.num_cached_tokens = self._scheduler.num_cached_tokens_of(admission.request_id)
 
-    def _delta(self, committed: Committed) -> TokenDelta:
+    def _delta(self, committed: Committed, result: StepResult) -> TokenDelta:
         stream = self._streams[committed.request_id]
         if committed.is_nonfinite:
-            error = JaxserveError(f"The model gave no finite logits for request {committed.request_id}.")
-            return self._last_delta(stream, [], None, "error", None, error)
+            return self._last_delta(stream, [], None, "error", None, _without_logits(stream.request))
         token = committed.token
+        if token is None:
+            last = self._last_delta(stream, [], None, committed.finish_reason or "stop", None)
+            last.pooled = result.pooled[committed.request_id]
+            return last
         stream.num_generated += 1
         self._num_generated_tokens += 1
         made_s = time.monotonic()
         if stream.timings.first_token is None:
             stream.timings.first_token = made_s
         reason, stop_reason = committed.finish_reason, committed.stop_reason
+        if stream.constraint is not None and reason is None:
+            try:
+                stream.constraint.accept(token.token_id)
+            except ConstraintError as error:
+                self._scheduler.finish(committed.request_id)
+                return self._last_delta(stream, [], None, "error", None, error)
         text = self._push_text(stream, token.token_id, is_stop_token=reason == "stop")
         if stream.text is not None and stream.text.stopped_by is not None:
             self._scheduler.finish(committed.request_id)
             reason, stop_reason = "stop", stream.text.stopped_by
-        logprobs = self._logprobs(token)
+        scores = token.scores
+        logprobs = None if scores is None else [token_logprobs(token.token_id, scores, self._token_text)]
         if reason is not None:
             last = self._last_delta(stream, [token.token_id], logprobs, reason, stop_reason, text=text)
             last.made_s = made_s
@@ -145,6 +216,7 @@ class Engine:
             num_prompt_tokens=len(stream.request.prompt_token_ids),
             num_cached_tokens=stream.num_cached_tokens,
             made_s=made_s,
+            prompt_logprobs=stream.take_prompt_logprobs(),
         )
 
     def _push_text(self, stream: _Stream, token_id: int, *, is_stop_token: bool) -> str:
@@ -180,16 +252,8 @@ class Engine:
             num_cached_tokens=stream.num_cached_tokens,
             timings=stream.timings,
             error=error,
+            prompt_logprobs=stream.take_prompt_logprobs() if error is None else None,
         )
-
-    def _logprobs(self, token: SampledToken) -> list[TokenLogprobs] | None:
-        """The chosen token first, then the most likely ones; one that is both stands once."""
-        if token.logprob is None or token.rank is None:
-            return None
-        entry: TokenLogprobs = {token.token_id: Logprob(token.logprob, token.rank, self._token_text(token.token_id))}
-        for rank, (token_id, logprob) in enumerate(token.top, start=1):
-            entry.setdefault(token_id, Logprob(logprob, rank, self._token_text(token_id)))
-        return [entry]
 
     def _token_text(self, token_id: int) -> str | None:
         return None if self._tokenizer is None else self._tokenizer.token_text(token_id)
@@ -218,3 +282,10 @@ class Engine:
 
     def request_ids(self) -> Sequence[str]:
         return tuple(self._streams)
+
+
+def _without_logits(request: Request) -> JaxserveError:
+    """Why there was no token to sample."""
+    if request.constraint is not None:
+        return ConstraintError("no token is left: what the grammar demands next, another field of the request forbids.")
+    return JaxserveError(f"The model gave no finite logits for request {request.request_id}.")

@@ -6,6 +6,7 @@
     │   └── UnknownModelError                no family is registered for this config.json
     ├── CheckpointError (ValueError)         files that are missing, damaged, or not what they claim
     │   └── ModelNotFoundError               neither a directory nor a Hub id that can be resolved here
+    ├── ConstraintError                      a running request cannot go on within the form that it asked for
     ├── OverloadedError                      no room now: try again after `retry_after_s`
     ├── DrainingError                        the engine takes no new requests; it is shutting down
     ├── EngineDeadError                      the engine thread ended with an error; its cause is chained
@@ -55,6 +56,18 @@ class CheckpointError(JaxserveError, ValueError):
 
 class ModelNotFoundError(CheckpointError):
     """A model name that is neither a directory nor a Hub id that can be resolved from here."""
+
+
+class ConstraintError(JaxserveError):
+    """A running request cannot go on within the form that it asked for (`structured_outputs`, `bad_words`).
+
+    Attributes:
+        parameter: the field that asked for it.
+    """
+
+    def __init__(self, message: str, parameter: str = "structured_outputs"):
+        self.parameter = parameter
+        super().__init__(f"{parameter}: {message}")
 
 
 class OverloadedError(JaxserveError):

@@ -4,44 +4,35 @@ Prompts in, results out, in order. Runs no step itself: the engine's own thread 
 """
 
 import queue
-import warnings
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from numbers import Integral
+from dataclasses import replace
 from typing import Any
 
 from tqdm import tqdm
 
-from jaxserve.build import BuiltEngine, build
-from jaxserve.config import EngineConfig, ResolvedConfig
-from jaxserve.engine_client import EngineStats
+from jaxserve.beam_search import BeamSearchOutput, BeamSearchParams, beam_search
+from jaxserve.config import ResolvedConfig
+from jaxserve.engine_arguments import EngineArguments
+from jaxserve.engine_client import EngineClient, EngineStats
 from jaxserve.errors import ConfigError, InvalidRequestError
-from jaxserve.model_source import own_model
-from jaxserve.outputs import CompletionOutput, RequestOutput, TokenDelta
+from jaxserve.execution.logits import LogitsProcessor
+from jaxserve.outputs import (
+    EmbeddingRequestOutput,
+    PoolingOutput,
+    PoolingRequestOutput,
+    RequestOutput,
+    ScoringRequestOutput,
+    TokenDelta,
+    TokenLogprobs,
+)
+from jaxserve.prompts import Prompt, as_list, one_each, plain_prompt, tokenization_options
 from jaxserve.request import Request, SamplingParams
+from jaxserve.results import PoolingResult, PromptResult, embedding, similarity
 from jaxserve.tokenization.chat_template import encode_chat
 from jaxserve.tokenization.tokenizer import Tokenizer
 
-Prompt = str | Sequence[int] | Mapping[str, Any]
-"""Text, token ids, {"prompt": text} or {"prompt_token_ids": token ids}."""
-
 Messages = Sequence[Mapping[str, Any]]
-
-_OTHER_ENGINES = {
-    "enforce_eager": "every program is compiled ahead of time; there is no eager mode",
-    "trust_remote_code": "code from a model repository is never run; register a family with jaxserve.models.registry.register",
-    "disable_log_stats": "statistics are not logged; ask LLM.stats()",
-    "enable_chunked_prefill": "long prompts are always computed in chunks",
-    "swap_space": "a preempted request is computed again; nothing is swapped",
-    "cpu_offload_gb": "weights stay on the devices",
-    "disable_custom_all_reduce": "XLA chooses the all-reduce",
-    "max_seq_len_to_capture": "the programs are compiled for all lengths",
-    "distributed_executor_backend": "the devices of one process are used through jax.sharding",
-    "tokenizer_mode": "the tokenizer follows from the files",
-    "load_format": "the format follows from the files",
-    "compilation_config": "the ladder of programs follows from max_num_seqs and max_num_batched_tokens",
-}
-"""Arguments of vLLM's LLM that are taken, and what they mean here."""
 
 
 class LLM:
@@ -54,6 +45,7 @@ class LLM:
         config: a Hugging Face configuration, as a dict or an object with `to_dict()`; with `params` alone.
         tokenizer: a directory, or a Tokenizer; None takes the model's own. With `params`, None means token ids only.
         use_tqdm: shows progress while programs compile.
+        logits_processors: functions on logits, which requests use by name (SamplingParams.extra_args).
         **options: fields of EngineConfig (tensor_parallel_size, dtype, max_model_len, max_num_seqs, max_num_batched_tokens,
             page_size, num_pages, gpu_memory_utilization, kv_cache_memory_bytes, seed, max_logprobs, ...). Some arguments of
             vLLM's LLM that have no meaning here are taken with a warning.
@@ -70,17 +62,12 @@ class LLM:
         config: Any = None,
         tokenizer: str | Tokenizer | None = None,
         use_tqdm: bool = True,
+        logits_processors: Sequence[LogitsProcessor] = (),
         **options: Any,
     ):
-        engine_config = EngineConfig(
-            model=model, tokenizer=tokenizer if isinstance(tokenizer, str) else None, **_known_options(options)
-        )
-        if params is None and config is not None:
-            raise ConfigError("config is taken only together with params; a checkpoint has its own config.json.")
-        if params is not None and model is not None:
-            raise ConfigError("model and params exclude each other: give one of them.")
-        source = None if params is None else own_model(params, config, tokenizer)
-        self._engine: BuiltEngine = build(engine_config, source=source, show_progress=use_tqdm)
+        arguments = EngineArguments.of(model, params, config, tokenizer, logits_processors, options)
+        self._engine = arguments.build(show_progress=use_tqdm)
+        self._enqueued = _Batch(self._engine.client)
         # The engine's thread keeps it alive; without this a dropped LLM would hold its memory until the process ends.
         weakref.finalize(self, self._engine.client.close)
 
@@ -89,25 +76,42 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
+        *,
+        priority: int | Sequence[int] | None = None,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """Continues each prompt and returns the results in the order of the prompts.
 
         Args:
             prompts: one prompt or a list of them.
-            sampling_params: one for all, or a list with one a prompt; None takes the defaults.
+            sampling_params: one for all, or a list with one a prompt; None takes the model's defaults.
             use_tqdm: shows progress with input and output tokens a second.
+            priority: one for all, or a list with one a prompt; lower goes first.
+            tokenization_kwargs: add_special_tokens and truncate_prompt_tokens, for texts.
 
         Raises:
             InvalidRequestError: names prompt and field; nothing has been started then.
             EngineDeadError: the engine has stopped after an error.
         """
-        listed = _as_list(prompts)
-        params = _one_each(sampling_params, len(listed))
-        requests = [
-            self._request(index, prompt, sampling)
-            for index, (prompt, sampling) in enumerate(zip(listed, params, strict=True))
-        ]
-        return self._run(requests, use_tqdm)
+        return self._run(self._requests(prompts, sampling_params, priority, tokenization_kwargs), use_tqdm)
+
+    def enqueue(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        priority: int | Sequence[int] | None = None,
+        tokenization_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[str]:
+        """Starts what `generate` would run, and returns the requests' ids at once."""
+        requests = self._requests(prompts, sampling_params, priority, tokenization_kwargs)
+        self._enqueued.submit([(PromptResult(r, c), c) for r in requests for c in [self._engine.requests.fan_out(r)]])
+        return [request.request_id for request in requests]
+
+    def wait_for_completion(self, use_tqdm: bool = True) -> list[RequestOutput]:
+        """Returns the results of everything that was enqueued since the last call, in that order."""
+        batch, self._enqueued = self._enqueued, _Batch(self._engine.client)
+        return batch.collect(use_tqdm)
 
     def chat(
         self,
@@ -115,6 +119,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
         *,
+        priority: int | Sequence[int] | None = None,
         chat_template: str | None = None,
         add_generation_prompt: bool = True,
         chat_template_kwargs: Mapping[str, Any] | None = None,
@@ -125,6 +130,7 @@ class LLM:
             messages: [{"role": ..., "content": ...}, ...], or a list of such lists.
             sampling_params: as in `generate`.
             use_tqdm: as in `generate`.
+            priority: as in `generate`.
             chat_template: jinja2 text; None takes the model's.
             add_generation_prompt: whether the template opens the assistant's turn.
             chat_template_kwargs: further variables of the template.
@@ -134,10 +140,11 @@ class LLM:
         """
         is_one = bool(messages) and isinstance(messages[0], Mapping)
         conversations: list[Any] = [messages] if is_one else list(messages)
-        params = _one_each(sampling_params, len(conversations))
+        params = one_each("sampling_params", sampling_params, SamplingParams, len(conversations))
+        priorities = one_each("priority", priority, int, len(conversations))
         tokenizer = self.get_tokenizer()
         requests = []
-        for conversation, sampling in zip(conversations, params, strict=True):
+        for conversation, sampling, rank in zip(conversations, params, priorities, strict=True):
             token_ids = encode_chat(
                 tokenizer,
                 conversation,
@@ -145,8 +152,89 @@ class LLM:
                 add_generation_prompt=add_generation_prompt,
                 **(chat_template_kwargs or {}),
             )
-            requests.append(self._engine.requests.make(token_ids, sampling))
+            requests.append(self._engine.requests.make(token_ids, sampling, priority=rank or 0))
         return self._run(requests, use_tqdm)
+
+    def beam_search(
+        self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams, use_tqdm: bool = False
+    ) -> list[BeamSearchOutput]:
+        """Returns each prompt's most likely continuations, best first, by a beam search over one-token requests.
+
+        Args:
+            prompts: as in `generate`.
+            params: see there.
+            use_tqdm: shows the steps.
+
+        Raises:
+            InvalidRequestError: as in `generate`, or more beams than max_logprobs allows.
+        """
+        eos_token_ids = self._engine.requests.eos_token_ids
+        sampling = params.step_sampling(len(eos_token_ids), self.config.max_logprobs)
+
+        def next_tokens(contexts: list[tuple[int, ...]]) -> list[TokenLogprobs]:
+            outputs = self._run([self._engine.requests.make(context, sampling) for context in contexts], False)
+            return [output.outputs[0].logprobs[0] for output in outputs]  # pyright: ignore[reportOptionalSubscript, reportReturnType]
+
+        found = beam_search(
+            [request.prompt_token_ids for request in self._requests(prompts, sampling, None, None)],
+            params,
+            next_tokens,
+            eos_token_ids=eos_token_ids,
+            max_model_len=self.config.max_model_len,
+            use_tqdm=use_tqdm,
+        )
+        if self._engine.tokenizer is not None:
+            for sequence in (sequence for output in found for sequence in output.sequences):
+                sequence.text = self._engine.tokenizer.decode(sequence.tokens)
+        return found
+
+    def encode(
+        self, prompts: Prompt | Sequence[Prompt], pooling: str = "last", use_tqdm: bool = True, **tokenization_kwargs: Any
+    ) -> list[PoolingRequestOutput[PoolingOutput]]:
+        """Returns each prompt's pooled hidden state, as the model's last norm leaves it.
+
+        Args:
+            prompts: as in `generate`.
+            pooling: "last" token or "mean" over all tokens.
+            use_tqdm: as in `generate`.
+            **tokenization_kwargs: add_special_tokens and truncate_prompt_tokens.
+        """
+        requests = self._requests(prompts, None, None, tokenization_kwargs, pooling)
+        batch = _Batch(self._engine.client)
+        batch.submit([(PoolingResult(request), (request,)) for request in requests])
+        return batch.collect(use_tqdm)
+
+    def embed(
+        self, prompts: Prompt | Sequence[Prompt], pooling: str = "last", use_tqdm: bool = True, **tokenization_kwargs: Any
+    ) -> list[EmbeddingRequestOutput]:
+        """Returns each prompt's embedding: what `encode` gives, scaled to length one."""
+        return [embedding(output) for output in self.encode(prompts, pooling, use_tqdm, **tokenization_kwargs)]
+
+    def score(
+        self,
+        text_1: Prompt | Sequence[Prompt],
+        text_2: Prompt | Sequence[Prompt],
+        pooling: str = "last",
+        use_tqdm: bool = True,
+        **tokenization_kwargs: Any,
+    ) -> list[ScoringRequestOutput]:
+        """Returns how alike texts are, by the cosine of their embeddings: one to one, one to many, or pair by pair.
+
+        Raises:
+            InvalidRequestError: neither is one text, and they are not equally many.
+        """
+        firsts, seconds = as_list(text_1), as_list(text_2)
+        if not firsts or not seconds or len(firsts) not in (1, len(seconds)):
+            raise InvalidRequestError(
+                "text_1", f"{len(firsts)} to {len(seconds)} texts", "one text, or as many as text_2, and neither empty"
+            )
+        embeddings = self.embed([*firsts, *seconds], pooling, use_tqdm, **tokenization_kwargs)
+        ones, others = embeddings[: len(firsts)], embeddings[len(firsts) :]
+        return [similarity(ones[min(i, len(ones) - 1)], other) for i, other in enumerate(others)]
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """Returns what a call without parameters uses: the model's generation_config.json over the defaults."""
+        return self._engine.requests.default_sampling
 
     def get_tokenizer(self) -> Tokenizer:
         """Returns the tokenizer; ConfigError where the engine has none."""
@@ -177,71 +265,82 @@ class LLM:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _request(self, index: int, prompt: Prompt, sampling: SamplingParams | None) -> Request:
-        try:
-            return self._engine.requests.make(_plain_prompt(prompt), sampling)
-        except InvalidRequestError as error:
-            error.add_note(f"in prompt {index} of this call; nothing was started")
-            raise
+    def _requests(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Iterable[SamplingParams] | None,
+        priority: int | Iterable[int] | None,
+        tokenization_kwargs: Mapping[str, Any] | None,
+        pooling: str | None = None,
+    ) -> list[Request]:
+        """Makes all of them, before any is started."""
+        listed = as_list(prompts)
+        params = one_each("sampling_params", sampling_params, SamplingParams, len(listed))
+        priorities = one_each("priority", priority, int, len(listed))
+        add_special_tokens, truncation = tokenization_options(tokenization_kwargs or {})
+        requests = []
+        for index, (prompt, sampling, rank) in enumerate(zip(listed, params, priorities, strict=True)):
+            if truncation is not None:
+                sampling = replace(sampling or self.get_default_sampling_params(), truncate_prompt_tokens=truncation)
+            try:
+                request = self._engine.requests.make(
+                    plain_prompt(prompt),
+                    sampling,
+                    priority=rank or 0,
+                    add_special_tokens=add_special_tokens,
+                    pooling=pooling,
+                )
+            except InvalidRequestError as error:
+                error.add_note(f"in prompt {index} of this call; nothing was started")
+                raise
+            requests.append(request)
+        return requests
 
     def _run(self, requests: list[Request], use_tqdm: bool) -> list[RequestOutput]:
-        """Submits everything, collects deltas, and leaves the engine clean whatever happens."""
-        results = {r.request_id: _Result(r) for r in requests}
-        inbox: queue.SimpleQueue[Sequence[TokenDelta]] = queue.SimpleQueue()
-        num_open = len(requests)
-        with _GenerationBar(len(requests), use_tqdm) as bar:
-            try:
+        batch = _Batch(self._engine.client)
+        batch.submit([(PromptResult(r, c), c) for r in requests for c in [self._engine.requests.fan_out(r)]])
+        return batch.collect(use_tqdm)
+
+
+class _Batch:
+    """Requests that run, and their results in order. Leaves the engine clean whatever happens."""
+
+    def __init__(self, client: EngineClient):
+        self._client = client
+        self._inbox: queue.SimpleQueue[Sequence[TokenDelta]] = queue.SimpleQueue()
+        self._results: list[PromptResult | PoolingResult] = []
+        self._result_of: dict[str, PromptResult | PoolingResult] = {}
+
+    def submit(self, results: Iterable[tuple[PromptResult | PoolingResult, Sequence[Request]]]) -> None:
+        """Starts the requests of each result."""
+        try:
+            for result, requests in results:
+                self._results.append(result)
                 for request in requests:
-                    self._engine.client.submit(request, inbox.put)
-                while num_open:
-                    for delta in inbox.get():
+                    self._result_of[request.request_id] = result
+                    self._client.submit(request, self._inbox.put)
+        except BaseException:
+            self._client.abort(self._result_of)
+            raise
+
+    def collect(self, use_tqdm: bool) -> list[Any]:
+        """Waits for all of them; the first error, and Ctrl-C, end the rest: nobody would wait for it."""
+        outputs: dict[int, Any] = {}
+        with _GenerationBar(len(self._results), use_tqdm) as bar:
+            try:
+                while len(outputs) < len(self._results):
+                    for delta in self._inbox.get():
                         if delta.error is not None:
                             raise delta.error
-                        result = results[delta.request_id]
-                        result.add(delta)
-                        if delta.finish_reason is not None:
-                            num_open -= 1
-                            bar.finished(len(result.request.prompt_token_ids), len(result.completion.token_ids))
-            except BaseException:  # Ctrl-C included: the rest must not go on without anybody waiting
-                self._engine.client.abort(results)
+                        result = self._result_of[delta.request_id]
+                        output = result.add([delta])
+                        if output is not None:
+                            outputs[id(result)] = output
+                            bar.finished(len(result.request.prompt_token_ids), result.num_generated_tokens)
+            except BaseException:
+                self._client.abort(self._result_of)
                 raise
-        return [result.output() for result in results.values()]
-
-
-class _Result:
-    """A request's deltas put together."""
-
-    def __init__(self, request: Request):
-        self.request = request
-        wants_logprobs = request.sampling.logprobs is not None
-        self.completion = CompletionOutput(0, "", [], 0.0 if wants_logprobs else None, [] if wants_logprobs else None)
-        self._texts: list[str] = []
-        self._last: TokenDelta | None = None
-
-    def add(self, delta: TokenDelta) -> None:
-        self._texts.append(delta.text)
-        completion = self.completion
-        completion.token_ids.extend(delta.token_ids)
-        if completion.logprobs is not None and delta.logprobs:
-            completion.logprobs.extend(delta.logprobs)
-            chosen = (entry[i].logprob for i, entry in zip(delta.token_ids, delta.logprobs, strict=True))
-            completion.cumulative_logprob = sum(chosen, completion.cumulative_logprob or 0.0)
-        self._last = delta
-
-    def output(self) -> RequestOutput:
-        request, last, completion = self.request, self._last, self.completion
-        assert last is not None
-        completion.text = "".join(self._texts)
-        completion.finish_reason, completion.stop_reason = last.finish_reason, last.stop_reason
-        return RequestOutput(
-            request.request_id,
-            request.prompt,
-            list(request.prompt_token_ids),
-            [completion],
-            finished=True,
-            num_cached_tokens=last.num_cached_tokens,
-            metrics=last.timings,
-        )
+        return [outputs[id(result)] for result in self._results]
 
 
 class _GenerationBar:
@@ -266,48 +365,3 @@ class _GenerationBar:
             refresh=False,
         )
         self._bar.update(1)
-
-
-def _known_options(options: dict[str, Any]) -> dict[str, Any]:
-    """Returns the fields of EngineConfig; warns once of what has no meaning here; refuses what nobody knows."""
-    known = set(EngineConfig.__dataclass_fields__) - {"model", "tokenizer"}
-    foreign = {name: value for name, value in options.items() if name in _OTHER_ENGINES}
-    if foreign:
-        meanings = "; ".join(f"{name}: {_OTHER_ENGINES[name]}" for name in foreign)
-        warnings.warn(f"These arguments have no effect here. {meanings}.", stacklevel=3)
-    unknown = sorted(options.keys() - known - foreign.keys())
-    if unknown:
-        raise ConfigError(f"LLM has no argument {', '.join(unknown)}; it has {', '.join(sorted(known))}.")
-    return {name: value for name, value in options.items() if name in known}
-
-
-def _plain_prompt(prompt: Prompt) -> str | Sequence[int]:
-    if not isinstance(prompt, Mapping):
-        return prompt
-    for name in ("prompt_token_ids", "prompt"):
-        if prompt.get(name) is not None:
-            return prompt[name]
-    raise InvalidRequestError("prompt", sorted(prompt), 'text, token ids, or a dict with "prompt" or "prompt_token_ids"')
-
-
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """Returns a list of prompts; one text, one mapping or one list of token ids is one prompt."""
-    if isinstance(prompts, (str, Mapping)):
-        return [prompts]
-    if isinstance(prompts, bytes) or not isinstance(prompts, Iterable):
-        raise InvalidRequestError("prompts", prompts, "a text, a list of token ids, or a list of such prompts")
-    listed: list[Any] = list(prompts)
-    return [listed] if listed and isinstance(listed[0], Integral) else listed
-
-
-def _one_each(
-    params: SamplingParams | Iterable[SamplingParams] | None, count: int
-) -> list[SamplingParams] | list[SamplingParams | None]:
-    if params is None or isinstance(params, SamplingParams):
-        return [params] * count
-    listed: list[Any] = list(params) if isinstance(params, Iterable) else [params]
-    if not all(isinstance(p, SamplingParams) for p in listed):
-        raise InvalidRequestError("sampling_params", params, "None, a SamplingParams, or a list with one a prompt")
-    if len(listed) != count:
-        raise InvalidRequestError("sampling_params", f"{len(listed)} entries", f"one, or as many as prompts ({count})")
-    return listed

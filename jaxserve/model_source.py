@@ -10,12 +10,24 @@ from typing import Any
 
 from jaxserve.checkpoints import directory, hub, records
 from jaxserve.checkpoints.flax_trees.pieces import convert_in_memory
-from jaxserve.errors import ConfigError
+from jaxserve.errors import CheckpointError, ConfigError, InvalidRequestError
 from jaxserve.models.registry import make_model
 from jaxserve.models.weights import flatten
+from jaxserve.request import SamplingParams
 from jaxserve.tokenization.ascii_tokenizer import AsciiTokenizer
 from jaxserve.tokenization.loading import load_tokenizer
 from jaxserve.tokenization.tokenizer import Tokenizer
+
+GENERATION_CONFIG = "generation_config.json"
+_SAMPLING_DEFAULTS = {
+    "repetition_penalty": "repetition_penalty",
+    "temperature": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "max_new_tokens": "max_tokens",
+}
+"""Field of generation_config.json -> field of SamplingParams: those that vLLM takes."""
 
 EMBEDDED = Path(__file__).parent / "embedded_model"
 TOY = "toy"
@@ -95,6 +107,31 @@ def own_model(params: Any, config: Any, tokenizer: str | Tokenizer | None) -> Mo
             raise ConfigError(f"config must be a dict or have to_dict(), got {type(config).__name__}.")
         config = config.to_dict()
     return ModelSource("params", dict(config), None, canonical_leaves(params, config), _tokenizer(tokenizer))
+
+
+def sampling_defaults(source: ModelSource, generation_config: str) -> dict[str, Any]:
+    """Returns the fields of SamplingParams that a generation_config.json sets.
+
+    Args:
+        generation_config: "auto" takes the model's file, if it has one; "vllm" none; else a directory with such a file.
+
+    Raises:
+        CheckpointError: the file is damaged, or sets what SamplingParams does not take.
+    """
+    if generation_config == "vllm":
+        return {}
+    root = source.path if generation_config == "auto" else Path(generation_config)
+    if root is None or (generation_config == "auto" and not (root / GENERATION_CONFIG).exists()):
+        return {}
+    file = directory.read_json(root, GENERATION_CONFIG)
+    defaults = {ours: file[theirs] for theirs, ours in _SAMPLING_DEFAULTS.items() if file.get(theirs) is not None}
+    try:
+        SamplingParams(**defaults)
+    except InvalidRequestError as error:
+        raise CheckpointError(
+            f"{root / GENERATION_CONFIG}: {error} Correct the file, or start with generation_config='vllm'."
+        ) from None
+    return defaults
 
 
 def canonical_leaves(params: Any, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,8 +4,11 @@ A `StepPlan` holds everything the runner needs, so a recorded stream of plans, r
 weights, gives the same bits (ADR 0003). Knows nothing of jax, requests' texts, or where pages come from.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from jaxserve.outputs import TokenScores
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +40,11 @@ class RowSampling(NamedTuple):
         temperature: 0 is greedy.
         top_k: 0 is off.
         key: the request's own random key, two 32-bit words.
+        repetition_penalty: 1 is off; the other two: 0.
+        logit_bias: (token id, number added to its logit).
+        allowed_token_ids: no others are sampled; None allows all.
+        logprob_token_ids: tokens whose log-probabilities are reported in place of the most likely ones.
+        processors: (name, parameters) of logits processors, in the order in which the engine registered them.
     """
 
     temperature: float
@@ -44,14 +52,31 @@ class RowSampling(NamedTuple):
     top_p: float
     min_p: float
     key: tuple[int, int]
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    allowed_token_ids: tuple[int, ...] | None = None
+    logprob_token_ids: tuple[int, ...] = ()
+    processors: tuple[tuple[str, tuple[float, ...]], ...] = ()
+
+    @property
+    def has_penalties(self) -> bool:
+        return (self.repetition_penalty, self.frequency_penalty, self.presence_penalty) != (1.0, 0.0, 0.0)
 
 
 class Admission(NamedTuple):
-    """A request takes a row."""
+    """A request takes a row.
+
+    Attributes:
+        prompt_token_ids, output_token_ids: all that is known of it, where penalties count them; empty elsewhere.
+    """
 
     row: int
     request_id: str
     sampling: RowSampling
+    prompt_token_ids: tuple[int, ...] = ()
+    output_token_ids: tuple[int, ...] = ()
 
 
 class PageUpdate(NamedTuple):
@@ -70,9 +95,15 @@ class SequencePlan(NamedTuple):
         token_ids: the tokens at these positions, as far as the host knows them; one shorter than num_tokens when the last
             one was sampled by the step before and is still on the device.
         samples: whether the token at position start + num_tokens is sampled in this step.
-        num_logprobs: most likely tokens to report besides the sampled one; -1 for no log-probabilities at all.
+        num_logprobs: most likely tokens to report besides the sampled one; None for no log-probabilities at all, -1 for those of
+            the whole vocabulary.
+        is_processed: report them as sampled from, not raw.
         forbidden: token ids that must not be sampled now (stop tokens before min_tokens).
         num_prompt_tokens: of the request, however much of it this step computes: some rotary positions depend on it.
+        has_constraint: its allowed tokens follow from the tokens before, so its token is sampled when those are known.
+        num_prompt_logprobs: like num_logprobs, of the prompt's tokens at positions [start + 1, ...]; None for none.
+        scored_token_ids: those tokens, one a position; shorter than num_tokens where the prompt ends.
+        pooling: "mean" or "last": what of the positions' hidden states is given back; None for nothing.
     """
 
     request_id: str
@@ -81,9 +112,14 @@ class SequencePlan(NamedTuple):
     num_tokens: int
     token_ids: tuple[int, ...]
     samples: bool
-    num_logprobs: int = -1
+    num_logprobs: int | None = None
+    is_processed: bool = False
     forbidden: tuple[int, ...] = ()
     num_prompt_tokens: int = 0
+    has_constraint: bool = False
+    num_prompt_logprobs: int | None = None
+    scored_token_ids: tuple[int, ...] = ()
+    pooling: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,27 +144,30 @@ class StepPlan:
 
 
 class SampledToken(NamedTuple):
-    """What the device says of one sampling sequence.
-
-    Attributes:
-        logprob: of the token, raw; None when not asked for, like the following two.
-        rank: 1 for the most likely.
-        top: the most likely tokens as (token id, logprob), best first.
-    """
+    """What the device says of one sampling sequence; scores None when not asked for."""
 
     token_id: int
-    logprob: float | None = None
-    rank: int | None = None
-    top: tuple[tuple[int, float], ...] = ()
+    scores: TokenScores | None = None
+
+
+class PromptScores(NamedTuple):
+    """Of the prompt's tokens at positions [start + 1, ...)."""
+
+    start: int
+    tokens: tuple[TokenScores, ...]
 
 
 class StepResult(NamedTuple):
-    """The tokens of one step, by request, read back from the device.
+    """What one step made, by request, read back from the device.
 
     Attributes:
         nonfinite: requests whose logits held NaN or infinity everywhere: their tokens mean nothing.
+        prompt_scores: of each of the plan's `scored_token_ids`.
+        pooled: float32 [D] of requests whose prompt is complete.
     """
 
     step: int
     tokens: dict[str, SampledToken]
     nonfinite: frozenset[str] = frozenset()
+    prompt_scores: Mapping[str, PromptScores] = {}
+    pooled: Mapping[str, Any] = {}

@@ -48,6 +48,7 @@ class ClientGoneError(errors.JaxserveError):
 
 _CODES: dict[type[Exception], grpc.StatusCode] = {
     errors.InvalidRequestError: grpc.StatusCode.INVALID_ARGUMENT,
+    errors.ConstraintError: grpc.StatusCode.INVALID_ARGUMENT,
     MalformedRequestError: grpc.StatusCode.INVALID_ARGUMENT,
     DuplicateRequestError: grpc.StatusCode.ALREADY_EXISTS,
     WrongModelError: grpc.StatusCode.NOT_FOUND,

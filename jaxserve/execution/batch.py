@@ -13,9 +13,8 @@ import numpy as np
 from jax import lax
 
 from jaxserve.execution.buckets import BackboneBucket, Ladder
-from jaxserve.execution.sampling import SamplingInputs
 from jaxserve.execution.struct import struct
-from jaxserve.plan import RowSampling, SequencePlan, StepPlan
+from jaxserve.plan import SequencePlan, StepPlan
 from kernels_pallas.paged_attention.api import RaggedBatch
 from kernels_pallas.paged_attention.work import plan_ragged_batch
 
@@ -107,33 +106,10 @@ def backbone_layout(ladder: Ladder, bucket: BackboneBucket, num_groups: int) -> 
     )
 
 
-def head_layout(num_sequences: int) -> PackedLayout:
-    """Returns the parts of a head's input."""
-    return PackedLayout(
-        {
-            "rows_S": Field((num_sequences,)),
-            "positions_S": Field((num_sequences,)),
-            "temperature_S": Field((num_sequences,), np.float32),
-            "top_k_S": Field((num_sequences,)),
-            "top_p_S": Field((num_sequences,), np.float32),
-            "min_p_S": Field((num_sequences,), np.float32),
-            "keys_S2": Field((num_sequences, 2), np.uint32),
-            "wants_logprobs_S": Field((num_sequences,)),
-        }
-    )
-
-
 def unpack_step_inputs(layout: PackedLayout, buffer: jax.Array) -> StepInputs:
     parts = layout.unpack(buffer)
     fields: dict[str, Any] = {name: parts.pop(name) for name in RaggedBatch._fields}
     return StepInputs(**parts, ragged=RaggedBatch(**fields))
-
-
-def unpack_sampling_inputs(layout: PackedLayout, buffer: jax.Array) -> tuple[jax.Array, SamplingInputs]:
-    """Returns (rows_S, the rest)."""
-    parts = layout.unpack(buffer)
-    rows_S = parts.pop("rows_S")
-    return rows_S, SamplingInputs(**parts)
 
 
 def pack_backbone(
@@ -166,7 +142,7 @@ def pack_backbone(
     if plan.page_updates:
         updates[: len(plan.page_updates)] = plan.page_updates
 
-    sampling = [i for i, s in enumerate(sequences) if s.samples]
+    sampling = [i for i, s in enumerate(sequences) if s.samples and s.pooling is None]
     views["sampled_tokens_S"][:] = 0
     views["sampled_rows_S"][:] = config.max_num_seqs
     views["sampled_tokens_S"][: len(sampling)] = ends[sampling] - 1
@@ -186,44 +162,3 @@ def pack_backbone(
         out=RaggedBatch(**{name: views[name] for name in RaggedBatch._fields}),
     )
     return [sequences[i] for i in sampling]
-
-
-class RowTable:
-    """How each row samples, as numpy columns; written at admission, gathered each step."""
-
-    def __init__(self, max_num_seqs: int):
-        self._columns = {
-            "temperature_S": np.zeros(max_num_seqs, np.float32),
-            "top_k_S": np.zeros(max_num_seqs, np.int32),
-            "top_p_S": np.ones(max_num_seqs, np.float32),
-            "min_p_S": np.zeros(max_num_seqs, np.float32),
-            "keys_S2": np.zeros((max_num_seqs, 2), np.uint32),
-        }
-
-    def admit(self, row: int, sampling: RowSampling) -> None:
-        for column, value in zip(self._columns.values(), sampling, strict=True):
-            column[row] = value
-
-    def pack_head(self, sampling: list[SequencePlan], views: dict[str, np.ndarray], padding_row: int) -> None:
-        """Writes the rows that sample into a head's buffer; padding is greedy and wants nothing."""
-        count = len(sampling)
-        rows = [s.row for s in sampling]
-        views["rows_S"][:count] = rows
-        views["rows_S"][count:] = padding_row
-        views["positions_S"][:count] = [s.start + s.num_tokens for s in sampling]
-        views["wants_logprobs_S"][:count] = [s.num_logprobs >= 0 for s in sampling]
-        views["wants_logprobs_S"][count:] = 0
-        for name, column in self._columns.items():
-            views[name][:count] = column[rows]
-        views["temperature_S"][count:] = 0
-
-
-def pack_allowed(sampling: list[SequencePlan], num_sequences: int, vocab_size: int) -> np.ndarray | None:
-    """Returns uint32 mask words [S, ceil(V / 32)], or None when every token of every row is allowed."""
-    if not any(s.forbidden for s in sampling):
-        return None
-    words = np.full((num_sequences, -(-vocab_size // 32)), 0xFFFFFFFF, np.uint32)
-    for index, s in enumerate(sampling):
-        for token_id in s.forbidden:
-            words[index, token_id // 32] &= ~np.uint32(1 << (token_id % 32))
-    return words

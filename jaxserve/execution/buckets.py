@@ -6,6 +6,14 @@ from dataclasses import dataclass
 from jaxserve.config import ResolvedConfig
 from kernels_pallas.paged_attention.work import num_prefill_tiles
 
+MAX_SCORED_BYTES = 64 << 20
+"""Of float32 logits that one call of the score program makes."""
+
+MAX_SCORED_ROWS = 128
+
+MAX_FULL_ROWS = 4
+"""Rows of the head that gives the whole vocabulary's log-probabilities."""
+
 
 @dataclass(frozen=True, slots=True, order=True)
 class BackboneBucket:
@@ -42,6 +50,16 @@ class Ladder:
         sizes = self.config.sequence_buckets
         return sizes[bisect_left(sizes, num_sequences)]
 
+    @property
+    def full_head(self) -> int:
+        """Rows of the head that gives the whole vocabulary's log-probabilities."""
+        return min(self.config.max_num_seqs, MAX_FULL_ROWS)
+
+    @property
+    def num_scored(self) -> int:
+        """Tokens that one call of the score program scores: their logits are bounded, whatever the vocabulary."""
+        return num_scored_tokens(self.config.vocab_size, self.config.max_num_batched_tokens)
+
     def num_sequences(self, bucket: BackboneBucket) -> int:
         """Returns most sequences a bucket holds."""
         return min(bucket.num_tokens, self.config.max_num_seqs)
@@ -74,3 +92,9 @@ def powers_of_two(low: int, high: int, factor: int = 2) -> tuple[int, ...]:
         sizes.append(size)
         size *= factor
     return (*sizes, high)
+
+
+def num_scored_tokens(vocab_size: int, max_num_batched_tokens: int) -> int:
+    """Returns the largest power of two, within limits, whose logits stay below MAX_SCORED_BYTES."""
+    limit = max(1, min(MAX_SCORED_BYTES // (4 * vocab_size), MAX_SCORED_ROWS, max_num_batched_tokens))
+    return 1 << (limit.bit_length() - 1)

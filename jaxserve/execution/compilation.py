@@ -6,6 +6,7 @@ from collections import Counter
 import jax
 
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+_CACHE_HIT_EVENT = "/jax/compilation_cache/cache_hits"
 
 
 class CompilationCounter:
@@ -13,16 +14,26 @@ class CompilationCounter:
 
     def __init__(self) -> None:
         self._counts: Counter[int] = Counter()
-        jax.monitoring.register_event_duration_secs_listener(self._on_event)
+        self._cache_hits: Counter[int] = Counter()
+        jax.monitoring.register_event_duration_secs_listener(self._on_duration)
+        jax.monitoring.register_event_listener(self._on_event)
 
-    def _on_event(self, event: str, duration_secs: float, **_: str | int) -> None:
+    def _on_duration(self, event: str, duration_secs: float, **_: str | int) -> None:
         del duration_secs
         if event == _COMPILE_EVENT:
             self._counts[threading.get_ident()] += 1
 
+    def _on_event(self, event: str, **_: str | int) -> None:
+        if event == _CACHE_HIT_EVENT:
+            self._cache_hits[threading.get_ident()] += 1
+
     def count_of(self, thread: threading.Thread) -> int:
         """Returns how many programs this thread has had compiled."""
         return self._counts[thread.ident or 0]
+
+    def num_cache_hits(self) -> int:
+        """Returns how many of this thread's programs, counted above too, came from jax's persistent cache."""
+        return self._cache_hits[threading.get_ident()]
 
 
 _process_counter: CompilationCounter | None = None

@@ -62,9 +62,14 @@ def check_addressable(num_pages: int, page_size: int) -> None:
         )
 
 
+def host_memory_bytes() -> int:
+    """Returns all memory of this machine [bytes]."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def check_host_memory(pool_bytes: int) -> None:
     """Raises ConfigError if the machine has less memory than a KV pool on the CPU would take."""
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    total = host_memory_bytes()
     if pool_bytes > total:
         raise ConfigError(
             f"The KV pool would take {pool_bytes / 2**30:.1f} GiB and the machine has {total / 2**30:.1f}: lower num_pages or "

@@ -5,65 +5,56 @@ in flight when the next is dispatched (100 un-awaited chained steps hung in the 
 flight never did).
 """
 
-import functools
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from jaxserve.config import ResolvedConfig
-from jaxserve.execution import step
-from jaxserve.execution.batch import (
-    PackedLayout,
-    RowTable,
-    backbone_layout,
-    head_layout,
-    pack_allowed,
-    pack_backbone,
-    unpack_sampling_inputs,
-    unpack_step_inputs,
-)
+from jaxserve.execution.batch import pack_backbone
 from jaxserve.execution.buckets import BackboneBucket, Ladder
+from jaxserve.execution.logits import LogitsProcessor
+from jaxserve.execution.program_cache import ProgramCache
+from jaxserve.execution.programs import Program, ProgramFactory
+from jaxserve.execution.results import read_scores, sampled_tokens
+from jaxserve.execution.row_table import RowTable, admission_parts
 from jaxserve.execution.sampling import Sampled
-from jaxserve.execution.state import DeviceState, abstract_state, make_state, state_specs
+from jaxserve.execution.scores import Scores
+from jaxserve.execution.state import DeviceState, make_state
 from jaxserve.models.attention import AttentionContext
 from jaxserve.models.model import Model, ModelContext
-from jaxserve.plan import SampledToken, SequencePlan, StepPlan, StepResult, kv_groups
+from jaxserve.outputs import TokenScores
+from jaxserve.plan import PromptScores, SampledToken, SequencePlan, StepPlan, StepResult
+from jaxserve.request import ALL_LOGPROBS
 
-HOST_BUFFERS = 3
-"""A numpy argument that is changed after dispatch may be read changed.
-
-A set is reused only after its step was waited for.
-"""
+NO_CONSTRAINTS: Mapping[str, np.ndarray] = {}
 
 
 @dataclass(slots=True)
 class StepHandle:
-    """A step in flight."""
+    """A step in flight.
+
+    Attributes:
+        sampling: who gets a token.
+        is_sampled: whether the head has been dispatched; False where it waits for the tokens before (`Runner.sample`).
+        heads: who was sampled together, the tokens they ask for, and what the device says of them.
+        scored: the scores of prompt tokens, in calls, and whose they are: (request, how many, num_logprobs) in order.
+        pooled: sums of hidden states by row, and whose are complete: (request, row, positions).
+    """
 
     step: int
     sampling: list[SequencePlan]
     hidden: jax.Array
-    sampled: Sampled | None
-
-
-class _Program:
-    """One compiled program and its ring of input buffers."""
-
-    def __init__(self, compiled: Any, layout: PackedLayout):
-        self.run = compiled
-        buffers = (np.zeros(layout.size, np.int32) for _ in range(HOST_BUFFERS))
-        self._ring = deque((buffer, layout.host_views(buffer)) for buffer in buffers)
-
-    def next_buffer(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        self._ring.rotate(1)
-        return self._ring[0]
+    is_sampled: bool = False
+    heads: list[tuple[list[SequencePlan], list[tuple[int, ...]], Sampled]] = field(default_factory=list)
+    scored: list[Scores] = field(default_factory=list)
+    scored_owners: list[SequencePlan] = field(default_factory=list)
+    pooled: jax.Array | None = None
+    pooling: list[SequencePlan] = field(default_factory=list)
 
 
 class Runner:
@@ -77,17 +68,26 @@ class Runner:
         mesh: Mesh,
         ctx: ModelContext,
         attention: AttentionContext,
+        processors: Sequence[LogitsProcessor] = (),
+        cache: ProgramCache | None = None,
     ):
         self.config = config
         self._params = params
-        self._programs = ProgramFactory(model, params, config, mesh, ctx, attention)
+        self._factory = ProgramFactory(model, params, config, mesh, ctx, attention, processors, cache)
         self._ladder = Ladder(config)
-        self._rows = RowTable(config.max_num_seqs)
-        self._state = make_state(self._programs.state)
-        self._backbones: dict[BackboneBucket, _Program] = {}
-        self._heads: dict[int, _Program] = {}
+        self._rows = RowTable(config)
+        self._state = make_state(self._factory.state)
+        self._row_state = make_state(self._factory.row_state)
+        self._backbones: dict[BackboneBucket, Program] = {}
+        self._heads: dict[tuple[int, bool], Program] = {}
         self._allow_all: dict[int, jax.Array] = {}
+        self._admit: Program
+        self._score: Program
+        self._pool: Program
+        self._pooled: dict[int, np.ndarray] = {}  # by row: sums over the chunks of a prompt that is not complete
         self._next_step = 0
+
+    # --- before the first step --------------------------------------------------------------------------------------
 
     def warmup(self, progress: Callable[[int, int], None] = lambda done, total: None, num_threads: int = 2) -> None:
         """Compiles the whole ladder, smallest first, and runs every program once.
@@ -96,37 +96,50 @@ class Runner:
             progress: called with (programs done, programs in total).
             num_threads: compilations at a time; XLA releases the GIL.
         """
-        backbones, heads = self._ladder.backbones(), self._ladder.heads()
-        total, done = len(backbones) + len(heads), 0
-        progress(done, total)
+        factory, ladder = self._factory, self._ladder
+        heads = [(size, False) for size in ladder.heads()] + [(ladder.full_head, True)]
+        jobs: list[Callable[[], Program]] = [factory.admit, factory.pool]
+        jobs += [lambda bucket=bucket: factory.backbone(bucket) for bucket in ladder.backbones()]
+        jobs += [lambda size=size, has_all=has_all: factory.head(size, has_all=has_all) for size, has_all in heads]
+        jobs += [factory.score]
+        progress(0, len(jobs))
         pool = ThreadPoolExecutor(num_threads)
+        programs = []
         try:
-            compile_backbones = pool.map(self._programs.backbone, backbones)
-            compile_heads = pool.map(self._programs.head, heads)
-            for bucket, program in zip(backbones, compile_backbones, strict=True):
-                self._backbones[bucket] = program
-                progress(done := done + 1, total)
-            for size, program in zip(heads, compile_heads, strict=True):
-                self._heads[size] = program
-                words = np.full((size, -(-self.config.vocab_size // 32)), 0xFFFFFFFF, np.uint32)
-                self._allow_all[size] = jax.device_put(words, self._programs.replicated)
-                progress(done := done + 1, total)
+            for program in pool.map(lambda job: job(), jobs):
+                programs.append(program)
+                progress(len(programs), len(jobs))
         finally:
             pool.shutdown(wait=False, cancel_futures=True)  # after Ctrl-C nothing more is begun
+        self._admit, self._pool, *ladder_programs, self._score = programs
+        self._backbones = dict(zip(ladder.backbones(), ladder_programs, strict=False))
+        self._heads = dict(zip(heads, ladder_programs[len(self._backbones) :], strict=True))
+        for size in {size for size, _ in heads}:
+            words = np.full((size, -(-self.config.vocab_size // 32)), 0xFFFFFFFF, np.uint32)
+            self._allow_all[size] = jax.device_put(words, factory.replicated)
         self._run_each_once()
 
     def _run_each_once(self) -> None:
         """Runs every program on padding, so that nothing is set up lazily after ready."""
-        hidden = None
+        hidden = every = None
         for bucket, program in self._backbones.items():
             buffer, views = program.next_buffer()
             pack_backbone(StepPlan(-1, (), (), ()), bucket, self._ladder, views)
-            self._state, hidden = program.run(self._params, self._state, buffer)
-        for size in self._heads:
-            jax.block_until_ready(self._run_head(size, [], hidden))
+            self._state, hidden, rest = program.run(self._params, self._state, buffer)
+            every = every if bucket.is_decode else rest
+        for size, has_all in self._heads:
+            jax.block_until_ready(self._run_head(size, [], hidden, NO_CONSTRAINTS, has_all=has_all))
+        no_row = {"row_1": self.config.max_num_seqs, "prompt_ids_C": self.config.vocab_size}
+        self._row_state = self._admit.run(
+            self._row_state, self._admit.fill(no_row | {"output_ids_C": self.config.vocab_size})
+        )
+        jax.block_until_ready(self._score.run(self._params, every, self._score.fill({})))
+        jax.block_until_ready(self._pool.run(self._params, every, self._pool.fill({"rows_M": self.config.max_num_seqs})))
+
+    # --- steps ------------------------------------------------------------------------------------------------------
 
     def dispatch(self, plan: StepPlan) -> StepHandle:
-        """Starts a step and returns without waiting for it.
+        """Starts a step and returns without waiting for it; where a sequence is constrained, `sample` has to follow.
 
         Raises:
             ValueError: the plan is not the next one.
@@ -135,132 +148,128 @@ class Runner:
             raise ValueError(f"step must be {self._next_step}, got {plan.step}: plans run in order, each once")
         self._next_step += 1
         for admission in plan.admissions:
-            self._rows.admit(admission.row, admission.sampling)
-        is_decode = all(s.num_tokens == 1 for s in plan.sequences)
+            self._rows.admit(admission)
+            for parts in admission_parts(admission, self.config.vocab_size):
+                self._row_state = self._admit.run(self._row_state, self._admit.fill(parts))
+        reads_hidden = any(s.scored_token_ids or s.pooling for s in plan.sequences)
+        is_decode = not reads_hidden and all(s.num_tokens == 1 for s in plan.sequences)
         bucket = self._ladder.backbone_for(plan.num_tokens, is_decode)
         program = self._backbones[bucket]
         buffer, views = program.next_buffer()
         sampling = pack_backbone(plan, bucket, self._ladder, views)
-        self._state, hidden = program.run(self._params, self._state, buffer)
-        sampled = self._run_head(self._ladder.head_for(len(sampling)), sampling, hidden) if sampling else None
-        return StepHandle(plan.step, sampling, hidden, sampled)
+        self._state, hidden, every_hidden = program.run(self._params, self._state, buffer)
+        handle = StepHandle(plan.step, sampling, hidden)
+        if reads_hidden:
+            self._read_hidden(plan, every_hidden, handle)
+        if not any(s.has_constraint for s in sampling):
+            self.sample(handle, NO_CONSTRAINTS)
+        return handle
 
-    def _run_head(self, size: int, sampling: list[SequencePlan], hidden: Any) -> Sampled:
-        program = self._heads[size]
-        buffer, views = program.next_buffer()
-        self._rows.pack_head(sampling, views, padding_row=self.config.max_num_seqs)
-        allowed = pack_allowed(sampling, size, self.config.vocab_size)
+    def sample(self, handle: StepHandle, allowed: Mapping[str, np.ndarray]) -> None:
+        """Samples a dispatched step's tokens.
+
+        Args:
+            handle: of a step whose head has not been dispatched.
+            allowed: mask words [ceil(V / 32)] of the constrained sequences, by request.
+        """
+        assert not handle.is_sampled, "a step is sampled once"
+        handle.is_sampled = True
+        wants_all = [s for s in handle.sampling if s.num_logprobs == ALL_LOGPROBS]
+        others = [s for s in handle.sampling if s.num_logprobs != ALL_LOGPROBS] if wants_all else handle.sampling
+        groups = [(others, False)] if others else []
+        size = self._ladder.full_head
+        groups += [(wants_all[i : i + size], True) for i in range(0, len(wants_all), size)]
+        for group, has_all in groups:
+            rows = size if has_all else self._ladder.head_for(len(group))
+            picked = [self._rows.picked_ids(s.row) for s in group]
+            sampled = self._run_head(rows, group, handle.hidden, allowed, has_all=has_all)
+            handle.heads.append((group, picked, sampled))
+
+    def _run_head(
+        self, size: int, group: list[SequencePlan], hidden: Any, allowed: Mapping[str, np.ndarray], *, has_all: bool
+    ) -> Sampled:
+        program = self._heads[size, has_all]
+        buffer, views = program.fresh_buffer() if has_all else program.next_buffer()
+        mask = self._rows.pack_allowed(group, size, allowed)
+        words, masked = (self._allow_all[size], ()) if mask is None else mask
+        self._rows.pack_head(group, views, masked)
         state = self._state
-        last_token, sampled = program.run(
-            self._params, state.last_token_R, hidden, self._allow_all[size] if allowed is None else allowed, buffer
+        (last_token, self._row_state), sampled = program.run(
+            self._params, (state.last_token_R, self._row_state), hidden, words, buffer
         )
         self._state = DeviceState(state.k_pages, state.v_pages, state.block_tables, last_token)
         return sampled
 
-    def wait(self, handle: StepHandle) -> StepResult:
-        """Waits for a step and returns its tokens."""
-        if handle.sampled is None:
-            jax.block_until_ready(handle.hidden)
-            return StepResult(handle.step, {})
-        tokens = np.asarray(handle.sampled.tokens_S).tolist()
-        details = self._details(handle) if any(s.num_logprobs >= 0 for s in handle.sampling) else None
-        result: dict[str, SampledToken] = {}
-        nonfinite = set()
-        for index, s in enumerate(handle.sampling):
-            if tokens[index] < 0:
-                nonfinite.add(s.request_id)
-            if details is None or s.num_logprobs < 0:
-                result[s.request_id] = SampledToken(tokens[index])
-            else:
-                result[s.request_id] = _with_logprobs(details, tokens[index], index, s.num_logprobs)
-        return StepResult(handle.step, result, frozenset(nonfinite))
+    def _read_hidden(self, plan: StepPlan, hidden: jax.Array, handle: StepHandle) -> None:
+        """Scores prompt tokens, a bounded number a call, and sums hidden states for embeddings."""
+        places: list[int] = []
+        token_ids: list[int] = []
+        rows = np.full(self.config.max_num_batched_tokens, self.config.max_num_seqs, np.int32)
+        first = 0
+        for s in plan.sequences:
+            if s.scored_token_ids:
+                places.extend(range(first, first + len(s.scored_token_ids)))
+                token_ids.extend(s.scored_token_ids)
+                handle.scored_owners.append(s)
+            if s.pooling:
+                end = first + s.num_tokens
+                rows[first if s.pooling == "mean" else end - s.samples : end] = s.row
+                handle.pooling.append(s)
+            first += s.num_tokens
+        size = self._ladder.num_scored
+        for start in range(0, len(places), size):
+            count = len(places[start : start + size])
+            padding = [0] * (size - count)
+            parts = {
+                "places_C": [*places[start : start + size], *padding],
+                "token_ids_C": [*token_ids[start : start + size], *padding],
+            }
+            handle.scored.append(self._score.run(self._params, hidden, self._score.fill(parts)))
+        if handle.pooling:
+            handle.pooled = self._pool.run(self._params, hidden, self._pool.fill({"rows_M": rows}))
 
-    def _details(self, handle: StepHandle) -> tuple[np.ndarray, ...]:
-        s = handle.sampled
-        assert s is not None
-        return tuple(np.asarray(x) for x in (s.logprobs_S, s.ranks_S, s.top_ids_SQ, s.top_logprobs_SQ))
+    def wait(self, handle: StepHandle) -> StepResult:
+        """Waits for a step and returns what it made."""
+        assert handle.is_sampled, "a step is sampled before it is waited for"
+        tokens: dict[str, SampledToken] = {}
+        nonfinite: set[str] = set()
+        if not handle.heads:
+            jax.block_until_ready(handle.hidden)
+        for group, picked, sampled in handle.heads:
+            for s, token in zip(group, sampled_tokens(sampled, group, picked), strict=True):
+                tokens[s.request_id] = token
+                if token.token_id < 0:
+                    nonfinite.add(s.request_id)
+        return StepResult(handle.step, tokens, frozenset(nonfinite), self._prompt_scores(handle), self._pool_results(handle))
+
+    def _prompt_scores(self, handle: StepHandle) -> dict[str, PromptScores]:
+        """Returns the scores of each prompt's tokens in this step."""
+        if not handle.scored_owners:
+            return {}
+        owners = [s for s in handle.scored_owners for _ in s.scored_token_ids]
+        results: dict[str, list[TokenScores]] = {s.request_id: [] for s in handle.scored_owners}
+        size = self._ladder.num_scored
+        for index, scores in enumerate(handle.scored):
+            group = owners[index * size : (index + 1) * size]
+            wanted = [s.num_prompt_logprobs for s in group]
+            for s, token in zip(group, read_scores(scores, wanted, [()] * len(group)), strict=True):
+                assert token is not None
+                results[s.request_id].append(token)
+        return {s.request_id: PromptScores(s.start, tuple(results[s.request_id])) for s in handle.scored_owners}
+
+    def _pool_results(self, handle: StepHandle) -> dict[str, np.ndarray]:
+        """Adds a step's sums to those of the chunks before; returns the embeddings of prompts that are complete."""
+        complete = {}
+        sums_RD = None if handle.pooled is None else np.asarray(handle.pooled)
+        for s in handle.pooling:
+            assert sums_RD is not None
+            before = 0.0 if s.start == 0 or s.pooling == "last" else self._pooled[s.row]
+            self._pooled[s.row] = total = sums_RD[s.row].astype(np.float64) + before
+            if s.samples:
+                num_positions = s.num_prompt_tokens if s.pooling == "mean" else 1
+                complete[s.request_id] = (total / num_positions).astype(np.float32)
+        return complete
 
     def resident(self) -> tuple[Any, DeviceState]:
         """Returns all that stays on the devices: parameters and state. To be looked at, never kept."""
         return self._params, self._state
-
-
-def _with_logprobs(details: tuple[np.ndarray, ...], token: int, index: int, num_logprobs: int) -> SampledToken:
-    """Returns one row's token with its log-probabilities as plain numbers."""
-    logprobs, ranks, top_ids, top_logprobs = (x[index] for x in details)
-    top = zip(top_ids[:num_logprobs].tolist(), top_logprobs[:num_logprobs].tolist(), strict=True)
-    return SampledToken(token, float(logprobs), int(ranks), tuple(top))
-
-
-class ProgramFactory:
-    """Lowers and compiles the programs of one engine, each from shapes alone."""
-
-    def __init__(
-        self,
-        model: Model,
-        params: Any,
-        config: ResolvedConfig,
-        mesh: Mesh,
-        ctx: ModelContext,
-        attention: AttentionContext,
-    ):
-        self._model, self._config, self._mesh, self._ctx, self._attention = model, config, mesh, ctx, attention
-        self._ladder = Ladder(config)
-        self._num_groups = len(kv_groups(model.kv_specs()))
-        self.replicated = NamedSharding(mesh, PartitionSpec())
-        self.state = abstract_state(model.kv_specs(), config, mesh)
-        self._params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params)
-        self._state_specs = state_specs(model.kv_specs())
-        self._param_specs = model.served_specs()
-
-    def _abstract(self, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=self.replicated)
-
-    def _compile(self, function: Callable[..., Any], in_specs: Any, out_specs: Any, arguments: Any) -> Any:
-        sharded = jax.shard_map(function, mesh=self._mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
-        # The state is given back by donation; outputs keep the shardings of the specs, so the next step takes them as they are.
-        shardings = jax.tree.map(
-            lambda spec: NamedSharding(self._mesh, spec), out_specs, is_leaf=lambda x: isinstance(x, PartitionSpec)
-        )
-        return jax.jit(sharded, donate_argnums=(1,), out_shardings=shardings).lower(*arguments).compile()
-
-    def backbone(self, bucket: BackboneBucket) -> _Program:
-        layout = backbone_layout(self._ladder, bucket, self._num_groups)
-        run = functools.partial(step.backbone, model=self._model, ctx=self._ctx, attention=self._attention)
-
-        def program(params: Any, state: DeviceState, buffer: jax.Array) -> tuple[DeviceState, jax.Array]:
-            return run(params, state, unpack_step_inputs(layout, buffer))
-
-        replicated = PartitionSpec()
-        compiled = self._compile(
-            program,
-            (self._param_specs, self._state_specs, replicated),
-            (self._state_specs, replicated),
-            (self._params, self.state, self._abstract((layout.size,), jnp.int32)),
-        )
-        return _Program(compiled, layout)
-
-    def head(self, num_sequences: int) -> _Program:
-        layout = head_layout(num_sequences)
-        config = self._config
-        run = functools.partial(step.head, model=self._model, ctx=self._ctx, max_logprobs=config.max_logprobs)
-
-        def program(params: Any, last_token: Any, hidden: Any, allowed: Any, buffer: Any) -> tuple[jax.Array, Sampled]:
-            rows_S, sampling = unpack_sampling_inputs(layout, buffer)
-            return run(params, last_token, hidden, rows_S, allowed, sampling)
-
-        replicated = PartitionSpec()
-        words = -(-config.vocab_size // 32)
-        compiled = self._compile(
-            program,
-            (self._param_specs, replicated, replicated, replicated, replicated),
-            (replicated, Sampled(*(replicated,) * 5)),
-            (
-                self._params,
-                self.state.last_token_R,
-                self._abstract((config.max_num_seqs, self._model.hidden_size), jnp.dtype(config.dtype)),
-                self._abstract((num_sequences, words), jnp.uint32),
-                self._abstract((layout.size,), jnp.int32),
-            ),
-        )
-        return _Program(compiled, layout)

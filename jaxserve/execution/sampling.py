@@ -1,4 +1,4 @@
-"""From logits to a token: masks, temperature, min-p, top-k, top-p, one uniform a row, and log-probabilities.
+"""From logits to a token: temperature, min-p, top-k, top-p, one uniform a row, and log-probabilities.
 
 Order of operations as in vLLM (`docs/compatibility.md`). No sort: each truncation keeps what lies at or above a
 threshold, and a threshold is found bit by bit over the ordered bit patterns of float32, exactly, in 32 masked
@@ -6,58 +6,30 @@ reductions. Ties at a threshold are kept. A row's token depends on its logits, i
 alone, never on its place in the batch.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxserve.execution.logits import PROCESSED, LogitsProcessor, Rows, SamplingInputs, adjust, is_adjusted
+from jaxserve.execution.scores import Scores, no_scores, score, with_picked
 from jaxserve.execution.struct import Leaf, struct
 from jaxserve.request import GREEDY_BELOW
 
 
 @struct
-class SamplingInputs:
-    """How each row samples.
-
-    Attributes:
-        positions_S: position of the token to be sampled; with the key it decides the random number.
-        temperature_S, top_k_S, top_p_S, min_p_S: as in SamplingParams; top_k 0 keeps all.
-        keys_S2: two words of the request's key.
-        wants_logprobs_S: 1 where log-probabilities are asked for.
-    """
-
-    positions_S: jax.Array
-    temperature_S: jax.Array
-    top_k_S: jax.Array
-    top_p_S: jax.Array
-    min_p_S: jax.Array
-    keys_S2: jax.Array
-    wants_logprobs_S: jax.Array
-
-
-@struct
 class Sampled:
-    """What came out; the last four are zeros in a batch where nobody asked.
+    """What came out.
 
     Attributes:
         tokens_S: -1 where the logits held no finite number or a NaN.
-        logprobs_S: of the token, under the raw distribution.
-        ranks_S: 1 for the most likely.
-        top_ids_SQ, top_logprobs_SQ: the most likely tokens, best first.
+        scores: of these tokens, raw or processed as each row asks.
     """
 
     tokens_S: Leaf
-    logprobs_S: Leaf
-    ranks_S: Leaf
-    top_ids_SQ: Leaf
-    top_logprobs_SQ: Leaf
-
-
-def expand_mask(words_SW: jax.Array, vocab_size: int) -> jax.Array:
-    """Returns booleans [S, vocab_size]: bit t % 32 of word t // 32."""
-    bits = (words_SW[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)[None, None, :]) & jnp.uint32(1)
-    return bits.reshape(words_SW.shape[0], -1)[:, :vocab_size].astype(bool)
+    scores: Scores
 
 
 def _ordered(x: jax.Array) -> jax.Array:
@@ -111,51 +83,78 @@ def _draw(logits_SV: jax.Array, inputs: SamplingInputs) -> jax.Array:
     return jnp.minimum(drawn_S, last_S)
 
 
-def _sample_random(logits_SV: jax.Array, inputs: SamplingInputs) -> jax.Array:
-    logits_SV = logits_SV / jnp.maximum(inputs.temperature_S, GREEDY_BELOW)[:, None]
+def _process(logits_SV: jax.Array, inputs: SamplingInputs) -> jax.Array:
+    """Returns the logits that rows with a temperature draw from; greedy rows' as they are."""
+    scaled_SV = logits_SV / jnp.maximum(inputs.temperature_S, GREEDY_BELOW)[:, None]
     is_truncated = (inputs.top_k_S > 0) | (inputs.top_p_S < 1.0) | (inputs.min_p_S > 0.0)
-    logits_SV = lax.cond(jnp.any(is_truncated), lambda x: truncate(x, inputs), lambda x: x, logits_SV)
-    return _draw(logits_SV, inputs)
+    scaled_SV = lax.cond(jnp.any(is_truncated), lambda x: truncate(x, inputs), lambda x: x, scaled_SV)
+    return jnp.where(_is_greedy(inputs)[:, None], logits_SV, scaled_SV)
 
 
-def _log_probabilities(
-    raw_SV: jax.Array, tokens_S: jax.Array, width: int
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    logprobs_SV = jax.nn.log_softmax(raw_SV, axis=-1)
-    chosen_S = jnp.take_along_axis(logprobs_SV, tokens_S[:, None], axis=-1)[:, 0]
-    ranks_S = jnp.sum(logprobs_SV > chosen_S[:, None], axis=-1, dtype=jnp.int32) + 1
-    top_SQ, ids_SQ = lax.top_k(logprobs_SV, width)
-    return chosen_S, ranks_S, ids_SQ.astype(jnp.int32), top_SQ
+def _is_greedy(inputs: SamplingInputs) -> jax.Array:
+    return inputs.temperature_S < GREEDY_BELOW
 
 
-def sample(raw_SV: jax.Array, allowed_SW: jax.Array, inputs: SamplingInputs, max_logprobs: int) -> Sampled:
+def _scores(
+    logits_SV: jax.Array, tokens_S: jax.Array, inputs: SamplingInputs, rows: Rows, width: int, *, has_all: bool
+) -> Scores:
+    """Scores of the tokens where a row of the batch asks for any."""
+
+    def given(logits_SV: jax.Array) -> Scores:
+        scores = score(logits_SV, tokens_S, width, has_all=has_all)
+        ids_SI = rows.state.picked_ids_RI[rows.rows_S]
+        return lax.cond(jnp.any(inputs.picks_S > 0), lambda x: with_picked(scores, x, ids_SI), lambda _: scores, logits_SV)
+
+    if has_all:
+        return given(logits_SV)
+    nobody_asks = partial(no_scores, *logits_SV.shape, width, has_all=False)
+    return lax.cond(jnp.any(inputs.logprobs_S > 0), given, lambda _: nobody_asks(), logits_SV)
+
+
+def sample(
+    raw_SV: jax.Array,
+    allowed_SW: jax.Array,
+    inputs: SamplingInputs,
+    rows: Rows,
+    *,
+    max_logprobs: int,
+    has_all: bool = False,
+    processors: Sequence[LogitsProcessor] = (),
+) -> Sampled:
     """Samples one token a row.
 
     Args:
         raw_SV: float32 logits.
-        allowed_SW: uint32 words, a bit a token that may be sampled.
+        allowed_SW: uint32 words, a bit a token that may be sampled; read where a row is masked.
         inputs: parameters of each row.
+        rows: what the device keeps of each row.
         max_logprobs: static width of the reported alternatives.
+        has_all: whether the whole vocabulary's log-probabilities are given.
+        processors: in the order of inputs.processors.
     """
-    num_rows, vocab_size = raw_SV.shape
-    masked_SV = jnp.where(expand_mask(allowed_SW, vocab_size), raw_SV, -jnp.inf)
-    is_greedy_S = inputs.temperature_S < GREEDY_BELOW
-    greedy_S = jnp.argmax(masked_SV, axis=-1).astype(jnp.int32)
-    tokens_S = lax.cond(
-        jnp.all(is_greedy_S),
-        lambda logits: greedy_S,
-        lambda logits: jnp.where(is_greedy_S, greedy_S, _sample_random(logits, inputs)),
-        masked_SV,
-    )
-    is_sound_S = jnp.isfinite(jnp.max(masked_SV, axis=-1)) & ~jnp.any(jnp.isnan(raw_SV), axis=-1)
-    width = min(max_logprobs, vocab_size)
-    empty = (
-        jnp.zeros(num_rows, jnp.float32),
-        jnp.zeros(num_rows, jnp.int32),
-        jnp.zeros((num_rows, width), jnp.int32),
-        jnp.zeros((num_rows, width), jnp.float32),
-    )
-    details = lax.cond(
-        jnp.any(inputs.wants_logprobs_S > 0), lambda x: _log_probabilities(x, tokens_S, width), lambda x: empty, raw_SV
-    )
-    return Sampled(jnp.where(is_sound_S, tokens_S, -1), *details)
+    best_S = jnp.argmax(raw_SV, axis=-1).astype(jnp.int32)  # of a NaN, if there is one
+    is_sound_S = jnp.isfinite(jnp.take_along_axis(raw_SV, best_S[:, None], axis=-1)[:, 0])
+
+    scores_of = partial(_scores, inputs=inputs, rows=rows, width=min(max_logprobs, raw_SV.shape[1]), has_all=has_all)
+
+    def plain(raw_SV: jax.Array) -> tuple[jax.Array, jax.Array, Scores]:
+        return best_S, is_sound_S, scores_of(raw_SV, best_S)
+
+    def full(raw_SV: jax.Array) -> tuple[jax.Array, jax.Array, Scores]:
+        is_random = jnp.any(~_is_greedy(inputs))
+        logits_SV = lax.cond(
+            is_adjusted(inputs), lambda x: adjust(x, allowed_SW, inputs, rows, processors), lambda x: x, raw_SV
+        )
+        logits_SV = lax.cond(is_random, lambda x: _process(x, inputs), lambda x: x, logits_SV)
+        greedy_S = jnp.argmax(logits_SV, axis=-1).astype(jnp.int32)
+        top_S = jnp.take_along_axis(logits_SV, greedy_S[:, None], axis=-1)[:, 0]
+        tokens_S = lax.cond(
+            is_random, lambda x: jnp.where(_is_greedy(inputs), greedy_S, _draw(x, inputs)), lambda x: greedy_S, logits_SV
+        )
+        is_processed_S = inputs.logprobs_S == PROCESSED
+        reported_SV = jnp.where(is_processed_S[:, None], logits_SV, raw_SV)
+        return tokens_S, is_sound_S & jnp.isfinite(top_S), scores_of(reported_SV, tokens_S)
+
+    is_plain = jnp.all(_is_greedy(inputs)) & ~is_adjusted(inputs)
+    tokens_S, is_sound_S, scores = lax.cond(is_plain, plain, full, raw_SV)
+    return Sampled(jnp.where(is_sound_S, tokens_S, -1), scores)

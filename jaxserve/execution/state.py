@@ -3,7 +3,7 @@
 Donated to each step; the runner is its only owner.
 """
 
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,8 @@ class DeviceState:
     block_tables: tuple[Leaf, ...]
     last_token_R: Leaf
 
+
+State = TypeVar("State")
 
 PAGES_SPEC = spec_for((axes.PAGES, axes.KV_HEADS, None, None))
 
@@ -62,8 +64,8 @@ def abstract_state(specs: tuple[KVSpec, ...], config: ResolvedConfig, mesh: Mesh
     return DeviceState(layers, layers, tables, replicated((config.max_num_seqs,)))
 
 
-def make_state(abstract: DeviceState) -> DeviceState:
-    """Returns a zeroed state; zeroed because stale bits that decode as NaN would poison masked sums (0 * NaN)."""
+def make_state(abstract: State) -> State:
+    """Returns a state of zeros; zeroed because stale bits that decode as NaN would poison masked sums (0 * NaN)."""
 
     def zeros(leaf: Any) -> jax.Array:
         def shard(index: Any) -> np.ndarray:

@@ -124,6 +124,10 @@ class Decoder:
         return any(rope.scaling.reads_prompt_len for rope in self.config.ropes)
 
     @property
+    def trace_key(self) -> Any:
+        return self.config, self.parallel, self.dtype
+
+    @property
     def vocab_size(self) -> int:
         return self.config.vocab_size
 
@@ -176,6 +180,9 @@ class Decoder:
         for layer in module.layers:
             x_TD = layer(x_TD, angles, cache, ctx)
         return x_TD
+
+    def final_norm(self, params: ServedParams, hidden_TD: jax.Array) -> jax.Array:
+        return self._module(params).norm(hidden_TD)
 
     def logits(self, params: ServedParams, hidden_SD: jax.Array, ctx: ModelContext) -> jax.Array:
         c, module = self.config, self._module(params)

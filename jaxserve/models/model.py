@@ -72,6 +72,11 @@ class Model(Protocol):
         """Whether keys depend on the prompt's length, so that only prompts of one length may share pages."""
         ...
 
+    @property
+    def trace_key(self) -> Any:
+        """All that the traced methods depend on besides the class, so that compiled programs may be kept."""
+        ...
+
     def parameters(self) -> tuple[Parameter, ...]:
         """Returns every tensor of the canonical tree."""
         ...
@@ -92,6 +97,10 @@ class Model(Protocol):
         self, params: ServedParams, tokens_T: jax.Array, positions_T: jax.Array, cache: PagedCache, ctx: ModelContext
     ) -> jax.Array:
         """Returns hidden states [T, D], before the final norm; updates the cache's pages."""
+        ...
+
+    def final_norm(self, params: ServedParams, hidden_TD: jax.Array) -> jax.Array:
+        """Returns what `logits` projects: the hidden states that embeddings are made of."""
         ...
 
     def logits(self, params: ServedParams, hidden_SD: jax.Array, ctx: ModelContext) -> jax.Array:

@@ -53,7 +53,7 @@ class Toy:
     reads_prompt_len = False
 
     def __init__(self, parallel: TensorParallelism):
-        self.parallel = parallel
+        self.parallel = self.trace_key = parallel
 
     @classmethod
     def from_huggingface(cls, config: Mapping[str, Any], size: int, dtype: Any) -> "Toy":
@@ -93,6 +93,10 @@ class Toy:
         total_T = total_T + LENGTH_WEIGHT * (positions_T + 1).astype(jnp.float32)
         answer_T = FIRST_PRINTABLE + jnp.mod(total_T, NUM_PRINTABLE).astype(jnp.int32)
         return jax.nn.one_hot(answer_T, VOCAB_SIZE, dtype=jnp.float32)
+
+    def final_norm(self, params: ServedParams, hidden_TD: jax.Array) -> jax.Array:
+        del params
+        return hidden_TD
 
     def logits(self, params: ServedParams, hidden_SD: jax.Array, ctx: ModelContext) -> jax.Array:
         del params, ctx

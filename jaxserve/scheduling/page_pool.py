@@ -41,6 +41,10 @@ class PagePool:
         """Returns whether nobody holds the page."""
         return self._references[page] == 0
 
+    def num_references(self, page: int) -> int:
+        """Returns how often the page is held."""
+        return self._references[page]
+
     def share(self, page: int) -> None:
         """Adds a reference to a page, with what is in it; one that was free is so no more."""
         if self._references[page] == 0:

@@ -6,8 +6,9 @@ back through the block table. A page that is missing, stale or somebody else's g
 """
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -15,8 +16,9 @@ from jaxserve.config import ResolvedConfig
 from jaxserve.execution.batch import FROM_DEVICE, backbone_layout, pack_backbone
 from jaxserve.execution.buckets import BackboneBucket, Ladder, powers_of_two
 from jaxserve.models import toy
-from jaxserve.plan import SampledToken, SequencePlan, StepPlan, StepResult
-from jaxserve.request import Request, SamplingParams
+from jaxserve.outputs import TokenScores
+from jaxserve.plan import PromptScores, SampledToken, SequencePlan, StepPlan, StepResult
+from jaxserve.request import ALL_LOGPROBS, Request, SamplingParams
 
 NextToken = Callable[[Sequence[int]], int]
 
@@ -42,13 +44,18 @@ def toy_config(**changes: Any) -> ResolvedConfig:
         "seed": 0,
         "max_cached_pages": 0,
         "reads_prompt_len": False,
+        "max_host_bytes": 1 << 20,
         "max_logprobs": 5,
+        "logprobs_mode": "raw",
+        "logits_processors": (),
+        "max_full_scores": 4,
         "attention_backend": "auto",
     } | changes
     max_pages = -(-values["max_model_len"] // values["page_size"])
     num_pages = values.setdefault("num_pages", 2 * max_pages)
     splits = -(-values["max_model_len"] // values["split_size"])
     max_tokens = values["max_num_batched_tokens"]
+    values.setdefault("long_prefill_token_threshold", max_tokens)
     derived = {
         "max_pages_per_seq": max_pages,
         "token_buckets": powers_of_two(min(4, max_tokens), max_tokens),
@@ -58,13 +65,20 @@ def toy_config(**changes: Any) -> ResolvedConfig:
     return ResolvedConfig(**(derived | values))
 
 
-def toy_request(request_id: str, prompt: Sequence[int] = (65,), *, priority: int = 0, **sampling: Any) -> Request:
+def toy_request(
+    request_id: str, prompt: Sequence[int] = (65,), *, priority: int = 0, peak_host_bytes: int = 0, **sampling: Any
+) -> Request:
     """Returns a validated request; what `SamplingParams` takes goes by its name."""
     fields: dict[str, Any] = {"temperature": 0.0} | sampling
     params = SamplingParams(**fields)
     stops = frozenset(params.stop_token_ids or ())
     return Request(
-        request_id=request_id, prompt_token_ids=tuple(prompt), sampling=params, stop_token_ids=stops, priority=priority
+        request_id=request_id,
+        prompt_token_ids=tuple(prompt),
+        sampling=params,
+        stop_token_ids=stops,
+        priority=priority,
+        peak_host_bytes=peak_host_bytes,
     )
 
 
@@ -84,11 +98,15 @@ def expected(request: Request, config: ResolvedConfig, next_token: NextToken = t
             return output, "length"
 
 
-class Handle(NamedTuple):
-    """A step in flight."""
+@dataclass(slots=True)
+class Handle:
+    """A step in flight; without a result until it is sampled."""
 
     plan: StepPlan
-    result: StepResult
+    sampling: list[tuple[SequencePlan, list[int]]]
+    prompt_scores: dict[str, PromptScores]
+    pooled: dict[str, np.ndarray]
+    result: StepResult | None = None
 
 
 class FakeRunner:
@@ -139,13 +157,18 @@ class FakeRunner:
             if row < self._config.max_num_seqs:
                 self._tables[group, row, index] = page
         self._write(views)
-        return Handle(plan, self._sample(plan.step, sampling, views))
+        contexts = self._contexts(sampling, views)
+        handle = Handle(plan, list(zip(sampling, contexts, strict=True)), self._prompt_scores(plan), self._pooled(plan))
+        if not any(s.has_constraint for s in sampling):
+            self.sample(handle, {})
+        return handle
 
     def wait(self, handle: Handle) -> StepResult:
         """Returns a step's tokens; steps are waited for in order, each once."""
         assert handle.plan.step == self._num_waited, "steps are waited for in order, each once"
         self._num_waited += 1
         self.before_wait(handle.plan)
+        assert handle.result is not None, "a step is sampled before it is waited for"
         return handle.result
 
     def _check_updates(self, plan: StepPlan, bucket: BackboneBucket) -> None:
@@ -167,29 +190,69 @@ class FakeRunner:
             assert len(set(group_slots.tolist())) == len(tokens), "two tokens of one step in one slot"
             written.reshape(-1)[group_slots] = tokens
 
-    def _sample(self, step: int, sampling: list[SequencePlan], views: dict[str, np.ndarray]) -> StepResult:
-        tokens = {}
-        for s, token_index, row in zip(sampling, views["sampled_tokens_S"], views["sampled_rows_S"], strict=False):
+    def _contexts(self, sampling: list[SequencePlan], views: dict[str, np.ndarray]) -> list[list[int]]:
+        """Returns the tokens that each sampling sequence has in its pages."""
+        found = []
+        for token_index, row in zip(views["sampled_tokens_S"][: len(sampling)], views["sampled_rows_S"], strict=False):
             contexts = self._pages[np.arange(len(self._tables))[:, None], self._tables[:, row]]
             context_len = views["positions_T"][token_index] + 1
             contexts = contexts.reshape(len(self._tables), -1)[:, :context_len]
             assert (contexts == contexts[0]).all(), "the groups' pages hold different tokens"
-            tokens[s.request_id] = sampled = self._head(contexts[0].tolist(), s)
-            self._last_token[row] = sampled.token_id
+            found.append(contexts[0].tolist())
+        return found
+
+    def sample(self, handle: Handle, allowed: Mapping[str, np.ndarray]) -> None:
+        """Samples a dispatched step's tokens, as the head would."""
+        assert handle.result is None, "a step is sampled once"
+        tokens = {}
+        for s, context in handle.sampling:
+            forbidden = set(s.forbidden)
+            if s.request_id in allowed:
+                words = allowed[s.request_id]
+                forbidden |= {i for i in range(self._config.vocab_size) if not words[i // 32] >> (i % 32) & 1}
+            tokens[s.request_id] = sampled = self._head(context, s, forbidden)
+            self._last_token[s.row] = sampled.token_id
         broken = frozenset(self.nonfinite & tokens.keys())
         tokens |= {request_id: SampledToken(-1) for request_id in broken}
-        return StepResult(step, tokens, broken)
+        handle.result = StepResult(handle.plan.step, tokens, broken, handle.prompt_scores, handle.pooled)
 
-    def _head(self, context: list[int], s: SequencePlan) -> SampledToken:
+    def _head(self, context: list[int], s: SequencePlan, forbidden: Set[int]) -> SampledToken:
         """The toy's logits are 10 for its answer and 0 for everything else; greedy takes the smallest id among equals."""
         answer = self._next_token(context)
         token = answer
-        if answer in s.forbidden:
-            token = next(i for i in range(self._config.vocab_size) if i not in s.forbidden)
-        if s.num_logprobs < 0:
+        if answer in forbidden:
+            token = next(i for i in range(self._config.vocab_size) if i not in forbidden)
+        if s.num_logprobs is None:
             return SampledToken(token)
+        return SampledToken(token, self._scores(answer, token, s.num_logprobs))
+
+    def _scores(self, answer: int, token: int, num_logprobs: int) -> TokenScores:
         norm = math.log(math.exp(10.0) + self._config.vocab_size - 1)
         logprobs = {i: (10.0 if i == answer else 0.0) - norm for i in range(self._config.vocab_size)}
-        best = sorted(logprobs.items(), key=lambda item: -item[1])
         rank = 1 + sum(value > logprobs[token] for value in logprobs.values())
-        return SampledToken(token, logprobs[token], rank, tuple(best[: s.num_logprobs]))
+        if num_logprobs == ALL_LOGPROBS:
+            return TokenScores(logprobs[token], rank, all_logprobs=np.array(list(logprobs.values()), np.float32))
+        best = sorted(logprobs.items(), key=lambda item: -item[1])[:num_logprobs]
+        return TokenScores(logprobs[token], rank, tuple(i for i, _ in best), tuple(value for _, value in best))
+
+    def _prompt_scores(self, plan: StepPlan) -> dict[str, PromptScores]:
+        scores = {}
+        for s in plan.sequences:
+            if s.scored_token_ids:
+                assert s.num_prompt_logprobs is not None
+                context = self._pages[0][self._tables[0, s.row]].reshape(-1).tolist()
+                tokens = (
+                    self._scores(self._next_token(context[: s.start + i + 1]), token, s.num_prompt_logprobs)
+                    for i, token in enumerate(s.scored_token_ids)
+                )
+                scores[s.request_id] = PromptScores(s.start, tuple(tokens))
+        return scores
+
+    def _pooled(self, plan: StepPlan) -> dict[str, np.ndarray]:
+        """An embedding of the fake: the prompt's length and the sum of its tokens."""
+        pooled = {}
+        for s in plan.sequences:
+            if s.pooling and s.samples:
+                context = self._pages[0][self._tables[0, s.row]].reshape(-1)[: s.num_prompt_tokens]
+                pooled[s.request_id] = np.array([len(context), context.sum()], np.float32)
+        return pooled

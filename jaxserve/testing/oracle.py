@@ -155,7 +155,19 @@ def logits(
     token_ids: Sequence[int],
     num_prompt_tokens: int | None = None,
 ) -> np.ndarray:
-    """Returns float64 logits [T, V] of every position of one sequence.
+    """Returns float64 logits [T, V] of every position of one sequence; arguments as of `hidden`."""
+    x = hidden(leaves, config, token_ids, num_prompt_tokens)
+    head = leaves["lm_head/kernel"] if "lm_head/kernel" in leaves else leaves["embed_tokens/embedding"].T
+    return _soft_cap(x @ np.asarray(head, np.float64), config.get("final_logit_softcapping"))
+
+
+def hidden(
+    leaves: Mapping[str, np.ndarray],
+    config: Mapping[str, Any],
+    token_ids: Sequence[int],
+    num_prompt_tokens: int | None = None,
+) -> np.ndarray:
+    """Returns float64 hidden states [T, D] of every position of one sequence, after the final norm.
 
     Args:
         leaves: the canonical tree.
@@ -176,9 +188,7 @@ def logits(
         else:
             x = x + attended
             x = x + _feed_forward(p, config, index, _norm(p, f"{layer}/post_attention_layernorm", x, config))
-    x = _norm(p, "norm", x, config)
-    result = x @ (p["lm_head/kernel"] if "lm_head/kernel" in p else p["embed_tokens/embedding"].T)
-    return _soft_cap(result, config.get("final_logit_softcapping"))
+    return _norm(p, "norm", x, config)
 
 
 def log_softmax(x: np.ndarray) -> np.ndarray:

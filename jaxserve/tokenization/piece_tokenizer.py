@@ -70,6 +70,11 @@ class PieceTokenizer:
         """A stream whose text continues the prompt."""
         return DetokenizerStream(self._pieces, prompt_token_ids, skip_special_tokens=skip_special_tokens)
 
+    @property
+    def pieces(self) -> TokenPieces:
+        """What each token adds to a text."""
+        return self._pieces
+
     def split_special(self, text: str) -> list[tuple[str, int | None]]:
         """Cuts a text at its special tokens: (text, id) for each of them, (text, None) for what stands between."""
         if self._special_pattern is None:

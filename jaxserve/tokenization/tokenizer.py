@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from jaxserve.tokenization.detokenizer import DetokenizerStream
+from jaxserve.tokenization.pieces import TokenPieces
 
 
 class Tokenizer(Protocol):
@@ -40,6 +41,11 @@ class Tokenizer(Protocol):
     @property
     def chat_template(self) -> str | None:
         """The model's own chat template (Jinja); None where it has none."""
+        ...
+
+    @property
+    def pieces(self) -> TokenPieces:
+        """What each token adds to a text."""
         ...
 
     def encode(self, text: str, *, add_special_tokens: bool = True, parse_special: bool = False) -> list[int]:

@@ -108,7 +108,7 @@ def trace_ladder(model, config, resolved, tiling, mesh) -> list[set[str]]:
         def program(state, buffer, layout=layout):
             context = AttentionContext(tiling, config.attention_backend)
             inputs = unpack_step_inputs(layout, buffer)
-            return step.backbone(None, state, inputs, model=model, ctx=None, attention=context)
+            return step.backbone(None, state, inputs, model=model, ctx=None, attention=context, num_hidden=0)
 
         jaxpr = jax.make_jaxpr(program)(state, jax.ShapeDtypeStruct((layout.size,), jnp.int32))
         found.append(primitives(jaxpr.jaxpr))

@@ -4,14 +4,15 @@ import dataclasses
 
 import pytest
 
-from jaxserve.outputs import CompletionOutput, Logprob, RequestOutput, RequestTimings, TokenDelta
+from jaxserve.outputs import CompletionOutput, FlatLogprobs, Logprob, RequestOutput, RequestTimings, TokenDelta
 
 
 @pytest.mark.parametrize(
     ("kind", "names"),
     [
         (CompletionOutput, "index text token_ids cumulative_logprob logprobs finish_reason stop_reason"),
-        (RequestOutput, "request_id prompt prompt_token_ids outputs finished num_cached_tokens metrics"),
+        (RequestOutput, "request_id prompt prompt_token_ids prompt_logprobs outputs finished metrics num_cached_tokens"),
+        (FlatLogprobs, "start_indices end_indices token_ids logprobs ranks decoded_tokens"),
         (RequestTimings, "arrived scheduled first_token finished"),
     ],
 )
@@ -45,3 +46,40 @@ def test_a_misspelt_field_is_an_error(kind):
     value = object.__new__(kind)
     with pytest.raises(AttributeError):
         value.finish_raeson = "stop"
+
+
+# --- log-probabilities in columns -------------------------------------------------------------------------------------------
+
+PLACES = [
+    None,
+    {5: Logprob(-0.5, 1, "a")},
+    {7: Logprob(-2.0, 9, None), 5: Logprob(-0.25, 1, "a")},
+    {1: Logprob(-1.0, 3, "b")},
+]
+
+
+def test_columns_read_like_a_list_of_dicts():
+    flat = FlatLogprobs()
+    flat.append(PLACES[0])
+    flat.extend(PLACES[1:])
+    assert len(flat) == 4
+    assert list(flat) == PLACES
+    assert [flat[-1], flat[1]] == [PLACES[-1], PLACES[1]]
+    assert list(flat[1:3]) == PLACES[1:3]
+    assert list(flat[::-1]) == PLACES[::-1]
+    assert isinstance(flat[1:], FlatLogprobs)
+    assert PLACES[2] in flat
+    for outside in (4, -5):
+        with pytest.raises(IndexError):
+            flat[outside]
+
+
+def test_columns_are_vllms():
+    flat = FlatLogprobs()
+    flat.extend(PLACES)
+    assert flat.start_indices == [0, 0, 1, 3]
+    assert flat.end_indices == [0, 1, 3, 4]
+    assert flat.token_ids == [5, 7, 5, 1]
+    assert flat.logprobs == [-0.5, -2.0, -0.25, -1.0]
+    assert flat.ranks == [1, 9, 1, 3]
+    assert flat.decoded_tokens == ["a", None, "a", "b"]

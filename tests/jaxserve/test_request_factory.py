@@ -103,15 +103,171 @@ def test_without_a_tokenizer_a_text_is_refused_with_the_remedy():
 def test_logprobs_are_limited_by_the_engine(factory):
     assert factory.make("a", SamplingParams(logprobs=5)).sampling.logprobs == 5
     with pytest.raises(
-        InvalidRequestError, match=r"^logprobs must be at most max_logprobs \(5\), got 6\. Raise max_logprobs"
+        InvalidRequestError,
+        match=r"^prompt_logprobs must be at most max_logprobs \(5\), or -1 .*, got 6\. Raise max_logprobs",
     ):
+        factory.make("a", SamplingParams(prompt_logprobs=6))
+    with pytest.raises(InvalidRequestError, match=r"^logprobs must be at most max_logprobs \(5\)"):
         factory.make("a", SamplingParams(logprobs=6))
+    assert factory.make("a", SamplingParams(logprobs=-1, prompt_logprobs=-1)).sampling.logprobs == -1
 
 
-def test_stop_token_ids_are_in_the_vocabulary(factory):
-    assert factory.make("a", SamplingParams(stop_token_ids=[127])).stop_token_ids == {127, EOS}
-    with pytest.raises(InvalidRequestError, match=r"^stop_token_ids must be in the vocabulary, \[0, 128\), got 128"):
-        factory.make("a", SamplingParams(stop_token_ids=[5, 128]))
+@pytest.mark.parametrize("name", ["stop_token_ids", "allowed_token_ids", "logprob_token_ids", "logit_bias"])
+def test_token_ids_are_in_the_vocabulary(factory, name):
+    of = (lambda ids: dict.fromkeys(ids, 1.0)) if name == "logit_bias" else list
+    assert getattr(factory.make("a", SamplingParams(**{name: of([127])})).sampling, name)
+    with pytest.raises(InvalidRequestError, match=rf"^{name} must be in the vocabulary, \[0, 128\), got 128"):
+        factory.make("a", SamplingParams(**{name: of([5, 128])}))
+
+
+def test_some_allowed_token_lets_the_completion_go_on(factory):
+    """With none, min_tokens would leave nothing to sample."""
+    assert factory.make("a", SamplingParams(allowed_token_ids=[EOS]))
+    assert factory.make("a", SamplingParams(allowed_token_ids=[EOS], min_tokens=1, ignore_eos=True))
+    assert factory.make("a", SamplingParams(allowed_token_ids=[EOS, 7], min_tokens=1))
+    for own in ({"allowed_token_ids": [EOS]}, {"allowed_token_ids": [EOS, 7], "stop_token_ids": [7]}):
+        with pytest.raises(InvalidRequestError, match="^allowed_token_ids must be with a token that does not end"):
+            factory.make("a", SamplingParams(min_tokens=1, **own))
+
+
+@pytest.mark.parametrize("name", ["stop", "bad_words", "structured_outputs"])
+def test_texts_need_a_tokenizer(name):
+    with pytest.raises(InvalidRequestError, match=f"^{name} must be empty, as this engine has no tokenizer"):
+        RequestFactory(toy_config(), None).make([5], SamplingParams(**{name: ["x"]}))
+
+
+def test_a_budget_of_thinking_needs_an_engine_that_knows_thinking(factory):
+    with pytest.raises(InvalidRequestError, match="^thinking_token_budget must be None or -1"):
+        factory.make("a", SamplingParams(thinking_token_budget=5))
+
+
+def test_processors_are_named_and_have_their_number_of_parameters():
+    factory = RequestFactory(toy_config(logits_processors=(("shift", 2), ("flag", 0))), AsciiTokenizer())
+    assert factory.make("a", SamplingParams(extra_args={"shift": [1, 2], "flag": []})).sampling.extra_args
+    for args, message in (
+        ({"shfit": [1, 2]}, r"^extra_args.shfit must be of a logits processor .*\(flag, shift\)"),
+        ({"shift": [1]}, r"^extra_args.shift must be 2 numbers, got \[1.0\]"),
+    ):
+        with pytest.raises(InvalidRequestError, match=message):
+            factory.make("a", SamplingParams(extra_args=args))
+
+
+def test_a_prompt_is_truncated_from_the_left(factory):
+    def kept(prompt, k, **sampling):
+        params = SamplingParams(truncate_prompt_tokens=k, **sampling)
+        return factory.make(prompt, params).prompt_token_ids
+
+    assert kept("abcdef", 2) == tuple(b"ef")
+    assert kept([1, 2, 3], 5) == (1, 2, 3)
+    assert len(kept([5] * 500, -1)) == 64 - 16, "room for max_tokens"
+    assert len(kept([5] * 500, -1, max_tokens=None)) == 63
+    assert len(kept([5] * 500, -1, max_tokens=1000)) == 1
+    assert len(kept([5] * 500, 63)) == 63
+    with pytest.raises(InvalidRequestError, match=r"^truncate_prompt_tokens must be less than max_model_len \(64\), got 64"):
+        kept("abc", 64)
+
+
+class Compiler:
+    """Knows one grammar."""
+
+    def compile(self, spec):
+        if spec != "grammar":
+            raise InvalidRequestError("structured_outputs", spec, "a grammar")
+        return "compiled"
+
+
+def test_a_grammar_is_compiled_with_the_request(factory):
+    own = RequestFactory(toy_config(), AsciiTokenizer(), compiler=Compiler())
+    assert own.make("a", SamplingParams(structured_outputs="grammar")).constraint == "compiled"
+    assert own.make("a").constraint is None
+    with pytest.raises(InvalidRequestError, match="^structured_outputs must be a grammar"):
+        own.make("a", SamplingParams(structured_outputs="x"))
+    with pytest.raises(InvalidRequestError, match="^structured_outputs must be None, as this engine serves none"):
+        factory.make("a", SamplingParams(structured_outputs="grammar"))
+
+
+# --- the model's defaults -------------------------------------------------------------------------------------------------
+
+
+def test_the_models_defaults_are_for_whoever_passes_nothing():
+    factory = RequestFactory(toy_config(), AsciiTokenizer(), defaults={"temperature": 0.5, "max_tokens": 9})
+    assert factory.make("a").sampling == factory.default_sampling == SamplingParams(temperature=0.5, max_tokens=9)
+    assert factory.make("a", SamplingParams()).sampling == SamplingParams()
+    assert factory.defaults == {"temperature": 0.5, "max_tokens": 9}
+
+
+# --- several completions --------------------------------------------------------------------------------------------------
+
+
+def test_several_completions_are_requests_of_their_own(factory):
+    params = SamplingParams(n=3, seed=2**63 - 2, prompt_logprobs=1, temperature=0)
+    parent = factory.make("abc", params, request_id="x", priority=4)
+    children = factory.fan_out(parent)
+    assert [c.request_id for c in children] == ["x-0", "x-1", "x-2"]
+    assert [c.sampling.seed for c in children] == [2**63 - 2, 2**63 - 1, 0]
+    assert [c.sampling.prompt_logprobs for c in children] == [1, None, None], "computed once"
+    assert {(c.sampling.n, c.prompt_token_ids, c.priority, c.prompt) for c in children} == {(1, tuple(b"abc"), 4, "abc")}
+    alone = factory.make("abc", SamplingParams(seed=2**63 - 1))
+    assert [c.key == alone.key for c in children] == [False, True, False]
+    assert sum(c.peak_host_bytes for c in children) == parent.peak_host_bytes
+
+
+def test_completions_without_a_seed_differ(factory):
+    children = factory.fan_out(factory.make("abc", SamplingParams(n=20)))
+    assert len({c.key for c in children}) == 20
+
+
+def test_one_completion_is_the_request_itself(factory):
+    request = factory.make("abc")
+    assert factory.fan_out(request) == (request,)
+    assert factory.fan_out(request)[0] is request
+
+
+# --- host memory ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sampling", "num_bytes"),
+    [
+        ({"max_tokens": 8}, 8 * 512),
+        ({"max_tokens": None}, 61 * 512),
+        ({"max_tokens": 1000}, 61 * 512),
+        ({"max_tokens": 8, "logprobs": 0}, 8 * (512 + 320 + 512)),
+        ({"max_tokens": 8, "logprobs": 5, "n": 3}, 3 * 8 * (512 + 6 * 320 + 512)),
+        ({"max_tokens": 8, "logprob_token_ids": [1, 2]}, 8 * (512 + 3 * 320 + 512)),
+        ({"max_tokens": 8, "prompt_logprobs": 1, "n": 2}, 2 * 8 * 512 + 3 * (2 * 320 + 512)),
+        ({"max_tokens": 8, "prompt_logprobs": -1, "logprobs": -1}, 8 * 512 + (8 + 3) * (4 * 128 + 512)),
+    ],
+)
+def test_the_peak_of_a_request(factory, sampling, num_bytes):
+    assert factory.make("abc", SamplingParams(**sampling)).peak_host_bytes == num_bytes
+
+
+@pytest.mark.parametrize(
+    ("name", "sampling"),
+    [
+        ("logprobs", {"max_tokens": 20, "logprobs": -1, "prompt_logprobs": 0}),
+        ("logprobs", {"max_tokens": 1, "n": 20}),
+        ("prompt_logprobs", {"max_tokens": 1, "prompt_logprobs": -1}),
+    ],
+)
+def test_more_than_the_engine_may_ever_use_is_refused(name, sampling):
+    factory = RequestFactory(toy_config(max_host_bytes=10_000), AsciiTokenizer())
+    assert factory.make([5] * 20, SamplingParams(max_tokens=1, logprobs=-1)).peak_host_bytes < 10_000
+    with pytest.raises(InvalidRequestError, match=rf"^{name} must be such that .*max_host_bytes \(10000 bytes\)"):
+        factory.make([5] * 20, SamplingParams(**sampling))
+
+
+# --- embeddings -----------------------------------------------------------------------------------------------------------
+
+
+def test_an_embedding_needs_one_step_and_nothing_of_sampling(factory):
+    given = SamplingParams(n=3, max_tokens=50, logprobs=3, truncate_prompt_tokens=2, stop="a", temperature=0)
+    request = factory.make("abcd", given, pooling="mean")
+    assert (request.pooling, request.prompt_token_ids) == ("mean", tuple(b"cd"))
+    assert request.sampling == SamplingParams(max_tokens=1, detokenize=False, truncate_prompt_tokens=2)
+    with pytest.raises(InvalidRequestError, match="^pooling must be None or one of last, mean, got 'max'"):
+        factory.make("a", pooling="max")
 
 
 @pytest.mark.parametrize(

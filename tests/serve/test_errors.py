@@ -28,6 +28,7 @@ def test_every_error_of_the_tree_has_a_status_of_its_own():
     ("error", "code"),
     [
         (errors.InvalidRequestError("top_p", 2, "in (0, 1]"), "INVALID_ARGUMENT"),
+        (errors.ConstraintError("x"), "INVALID_ARGUMENT"),
         (errors.UnknownModelError("x"), "FAILED_PRECONDITION"),
         (errors.ModelNotFoundError("x"), "NOT_FOUND"),
         (errors.CheckpointError("x"), "FAILED_PRECONDITION"),

@@ -8,14 +8,11 @@ from jaxserve.execution.batch import (
     FROM_DEVICE,
     Field,
     PackedLayout,
-    RowTable,
     backbone_layout,
-    head_layout,
-    pack_allowed,
     pack_backbone,
 )
 from jaxserve.execution.buckets import Ladder
-from jaxserve.plan import PageUpdate, RowSampling, SequencePlan, StepPlan
+from jaxserve.plan import PageUpdate, SequencePlan, StepPlan
 from jaxserve.testing.fake_runner import toy_config
 
 LADDER = Ladder(toy_config(max_num_seqs=4, max_num_batched_tokens=32, token_buckets=(32,)))
@@ -71,25 +68,3 @@ def test_nothing_of_the_last_step_stays_in_a_buffer():
     pack_backbone(small, bucket, LADDER, layout.host_views(reused))
     pack_backbone(small, bucket, LADDER, layout.host_views(fresh))
     np.testing.assert_array_equal(reused, fresh)
-
-
-def test_the_head_gets_each_rows_own_parameters():
-    table = RowTable(4)
-    table.admit(1, RowSampling(0.5, 7, 0.9, 0.1, (11, 2**32 - 1)))
-    table.admit(3, RowSampling(0.0, 0, 1.0, 0.0, (5, 6)))
-    layout = head_layout(4)
-    views = layout.host_views(np.full(layout.size, 99, np.int32))
-    table.pack_head([sequence(3, 8, 1, [1], num_logprobs=0), sequence(1, 2, 4, [1] * 4)], views, padding_row=4)
-    assert views["rows_S"].tolist() == [3, 1, 4, 4]
-    assert views["positions_S"][:2].tolist() == [9, 6]
-    np.testing.assert_allclose(views["temperature_S"], [0.0, 0.5, 0.0, 0.0])
-    assert views["top_k_S"][:2].tolist() == [0, 7]
-    assert views["keys_S2"][:2].tolist() == [[5, 6], [11, 2**32 - 1]]
-    assert views["wants_logprobs_S"].tolist() == [1, 0, 0, 0]
-
-
-def test_the_mask_has_a_bit_a_token():
-    assert pack_allowed([sequence(0, 0, 1, [1])], 2, 70) is None
-    words = pack_allowed([sequence(0, 0, 1, [1], forbidden=(0, 33, 69))], 2, 70)
-    bits = [[token for token in range(70) if not words[row, token // 32] >> (token % 32) & 1] for row in range(2)]
-    assert bits == [[0, 33, 69], []]

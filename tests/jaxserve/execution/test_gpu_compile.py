@@ -11,8 +11,9 @@ import pytest
 from jax.sharding import NamedSharding
 
 from jaxserve.config import ResolvedConfig
-from jaxserve.execution.buckets import BackboneBucket
-from jaxserve.execution.runner import ProgramFactory
+from jaxserve.execution.buckets import MAX_SCORED_BYTES, BackboneBucket
+from jaxserve.execution.programs import ProgramFactory
+from jaxserve.execution.row_state import row_state_bytes
 from jaxserve.models.attention import AttentionContext
 from jaxserve.models.linear import LinearContext
 from jaxserve.models.model import ModelContext
@@ -53,6 +54,7 @@ def programs(num_devices):
         max_model_len=32768,
         max_num_seqs=256,
         max_num_batched_tokens=2048,
+        long_prefill_token_threshold=2048,
         page_size=64,
         num_pages=2048,
         max_pages_per_seq=512,
@@ -62,7 +64,11 @@ def programs(num_devices):
         query_tile=tiling.query_tile,
         max_decode_items=1024,
         max_cached_pages=0,
+        max_full_scores=64,
+        logprobs_mode="raw",
+        logits_processors=(),
         reads_prompt_len=False,
+        max_host_bytes=1 << 30,
         seed=0,
         max_logprobs=20,
         attention_backend="triton",
@@ -102,9 +108,23 @@ def test_a_mixed_step_is_in_place():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("num_devices", [1, 4])
-def test_the_head_compiles(num_devices):
+def test_the_head_is_in_place(num_devices):
     target, factory, _ = programs(num_devices)
     with target.as_default():
         result = report(factory.head(64).run)
     logits_bytes = 64 * 128256 * 4 // num_devices
     assert result.temporary_bytes < 8 * logits_bytes
+    assert result.aliased_bytes >= row_state_bytes(256, 128256)
+    assert "s32[256,128256]" not in result.copied_shapes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_devices", [1, 4])
+def test_scoring_a_prompt_is_bounded(num_devices):
+    """However long the prompt: a call's logits, their log-probabilities and little else."""
+    target, factory, _ = programs(num_devices)
+    with target.as_default():
+        scored, admitted = report(factory.score().run), report(factory.admit().run)
+    assert scored.temporary_bytes < 2.5 * MAX_SCORED_BYTES / num_devices
+    assert admitted.aliased_bytes >= row_state_bytes(256, 128256)
+    assert not admitted.copied_shapes

@@ -121,7 +121,8 @@ def test_recorded_plans_give_the_same_bits_in_another_process(engine, monkeypatc
 
 def as_bits(result):
     return [
-        [t.token_id, float(t.logprob).hex(), t.rank, [[i, float(x).hex()] for i, x in t.top]] for t in result.tokens.values()
+        [token_id, float(s.logprob).hex(), s.rank, list(s.top_ids), [float(x).hex() for x in s.top_logprobs]]
+        for token_id, s in result.tokens.values()
     ]
 
 
@@ -132,11 +133,15 @@ def test_pages_start_as_zeros(engine):
     fresh.close()
 
 
+def as_tuples(value):
+    return tuple(map(as_tuples, value)) if isinstance(value, list) else value
+
+
 def read_plan(fields):
-    sequences = tuple(SequencePlan(*(tuple(x) if isinstance(x, list) else x for x in s)) for s in fields["sequences"])
+    sequences = tuple(SequencePlan(*map(as_tuples, s)) for s in fields["sequences"])
     admissions = tuple(
-        Admission(row, request_id, RowSampling(*sampling[:-1], tuple(sampling[-1])))
-        for row, request_id, sampling in fields["admissions"]
+        Admission(row, request_id, RowSampling(*map(as_tuples, sampling)), *map(as_tuples, counted))
+        for row, request_id, sampling, *counted in fields["admissions"]
     )
     return StepPlan(fields["step"], admissions, tuple(PageUpdate(*u) for u in fields["page_updates"]), sequences)
 

@@ -1,5 +1,6 @@
 """Each truncation against a plain numpy sort; draws against the distribution they claim; rows independent of their batch."""
 
+import dataclasses
 import functools
 
 import jax
@@ -7,7 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxserve.execution.sampling import Sampled, SamplingInputs, sample, truncate
+from jaxserve.execution.logits import Rows, SamplingInputs
+from jaxserve.execution.row_state import RowState
+from jaxserve.execution.sampling import Sampled, sample, truncate
+from jaxserve.request import MAX_LOGPROB_TOKEN_IDS
 
 VOCAB = 200
 MAX_LOGPROBS = 5
@@ -15,7 +19,12 @@ MAX_LOGPROBS = 5
 
 @functools.cache
 def compiled_sample():
-    return jax.jit(functools.partial(sample, max_logprobs=MAX_LOGPROBS))
+    def compiled(logits, allowed, parameters):
+        ids, values = jnp.zeros((1, MAX_LOGPROB_TOKEN_IDS), jnp.int32), jnp.zeros((1, 1), jnp.float32)
+        rows = Rows(RowState(jnp.zeros((1, VOCAB), jnp.int32), ids[:, :1], values, ids), jnp.zeros(len(logits), jnp.int32))
+        return sample(logits, allowed, parameters, rows, max_logprobs=MAX_LOGPROBS)
+
+    return jax.jit(compiled)
 
 
 compiled_truncate = jax.jit(truncate)
@@ -29,7 +38,13 @@ def inputs(num_rows, **fields):
         "top_p_S": np.ones(num_rows, np.float32),
         "min_p_S": np.zeros(num_rows, np.float32),
         "keys_S2": np.tile(np.array([[1, 2]], np.uint32), (num_rows, 1)),
-        "wants_logprobs_S": np.zeros(num_rows, np.int32),
+        "repetition_S": np.ones(num_rows, np.float32),
+        "frequency_S": np.zeros(num_rows, np.float32),
+        "presence_S": np.zeros(num_rows, np.float32),
+        "is_masked_S": np.zeros(num_rows, np.int32),
+        "has_bias_S": np.zeros(num_rows, np.int32),
+        "logprobs_S": np.zeros(num_rows, np.int32),
+        "picks_S": np.zeros(num_rows, np.int32),
     }
     for name, value in fields.items():
         columns[name] = np.broadcast_to(np.asarray(value, columns[name].dtype), columns[name].shape)
@@ -44,6 +59,8 @@ def allow(num_rows, forbidden=()):
 
 
 def run(logits, parameters, forbidden=()) -> Sampled:
+    if forbidden:
+        parameters = dataclasses.replace(parameters, is_masked_S=np.ones(len(logits), np.int32))
     result = compiled_sample()(logits, allow(len(logits), forbidden), parameters)
     return jax.tree.map(np.asarray, result)
 
@@ -154,14 +171,14 @@ def test_key_and_position_decide(logits):
 
 
 def test_log_probabilities_are_raw(logits):
-    result = run(logits, inputs(8, temperature_S=0.5, top_k_S=2, wants_logprobs_S=1))
+    result = run(logits, inputs(8, temperature_S=0.5, top_k_S=2, logprobs_S=1))
     expected = np.log(np.stack([softmax(row) for row in logits]))
     rows = np.arange(8)
-    np.testing.assert_allclose(result.logprobs_S, expected[rows, result.tokens_S], atol=1e-5)
-    np.testing.assert_array_equal(result.top_ids_SQ, np.argsort(-logits, axis=-1)[:, :MAX_LOGPROBS])
-    np.testing.assert_allclose(result.top_logprobs_SQ, -np.sort(-expected, axis=-1)[:, :MAX_LOGPROBS], atol=1e-5)
+    np.testing.assert_allclose(result.scores.logprobs_S, expected[rows, result.tokens_S], atol=1e-5)
+    np.testing.assert_array_equal(result.scores.top_ids_SQ, np.argsort(-logits, axis=-1)[:, :MAX_LOGPROBS])
+    np.testing.assert_allclose(result.scores.top_logprobs_SQ, -np.sort(-expected, axis=-1)[:, :MAX_LOGPROBS], atol=1e-5)
     ranks = [int((row > row[token]).sum()) + 1 for row, token in zip(logits, result.tokens_S, strict=True)]
-    np.testing.assert_array_equal(result.ranks_S, ranks)
+    np.testing.assert_array_equal(result.scores.ranks_S, ranks)
 
 
 def test_a_row_of_nonsense_is_marked_and_spares_the_others(logits):

@@ -5,7 +5,8 @@ import pytest
 from jaxserve.errors import IntegrityError
 from jaxserve.models import toy
 from jaxserve.plan import PageUpdate, SampledToken, StepResult
-from jaxserve.scheduling import scheduler as scheduler_module
+from jaxserve.request import RepetitionDetection
+from jaxserve.scheduling import admission
 from jaxserve.scheduling.scheduler import Scheduler
 from jaxserve.testing.fake_runner import FakeRunner, expected, toy_config, toy_request
 
@@ -284,9 +285,9 @@ def test_page_updates_are_told_once_and_again_in_a_new_row():
     assert steps.scheduler.num_preemptions > 0
     owners, told = {}, {}
     for plan in steps.runner.plans:
-        for admission in plan.admissions:
-            owners[admission.row] = admission.request_id
-            told[admission.row] = []
+        for seated in plan.admissions:
+            owners[seated.row] = seated.request_id
+            told[seated.row] = []
         for update in plan.page_updates:
             told[update.row].append(update.place)
         for row, indices in told.items():
@@ -399,7 +400,7 @@ def test_who_lacks_pages_is_passed_by_those_behind():
 
 
 def test_who_was_passed_too_often_is_passed_no_more(monkeypatch):
-    monkeypatch.setattr(scheduler_module, "MAX_SKIPS", 2)
+    monkeypatch.setattr(admission, "MAX_SKIPS", 2)
     steps = _with_a_big_one_waiting()
     admitted = []
     for i in range(6):
@@ -434,12 +435,12 @@ def test_a_stream_of_small_ones_cannot_starve_a_big_one():
         num_steps += 1
         steps.add(f"small {num_steps}", PROMPT[:9], max_tokens=10)
         steps.step()
-        assert num_steps < scheduler_module.MAX_SKIPS + 40
-    assert num_steps > scheduler_module.MAX_SKIPS, "it was passed for a while"
+        assert num_steps < admission.MAX_SKIPS + 40
+    assert num_steps > admission.MAX_SKIPS, "it was passed for a while"
 
 
 def test_urgent_ones_go_before_an_aged_one(monkeypatch):
-    monkeypatch.setattr(scheduler_module, "MAX_SKIPS", 0)
+    monkeypatch.setattr(admission, "MAX_SKIPS", 0)
     steps = _with_a_big_one_waiting()
     steps.add("urgent", PROMPT[:4], max_tokens=1, priority=-1)
     steps.add("small", PROMPT[:4], max_tokens=1)
@@ -449,7 +450,7 @@ def test_urgent_ones_go_before_an_aged_one(monkeypatch):
 
 
 def test_a_step_looks_past_a_bounded_number_of_waiting_sequences(monkeypatch):
-    monkeypatch.setattr(scheduler_module, "MAX_PASSED", 3)
+    monkeypatch.setattr(admission, "MAX_PASSED", 3)
     steps = Steps(num_pages=16, max_num_batched_tokens=64)
     steps.add("holder", PROMPT[:56], max_tokens=4)
     steps.step()
@@ -637,4 +638,15 @@ def test_logprobs_are_asked_for_by_sequence():
     for name, logprobs in (("none", None), ("chosen", 0), ("three", 3)):
         steps.add(name, PROMPT[:2], logprobs=logprobs)
     steps.plan()
-    assert [s.num_logprobs for s in steps.last_plan.sequences] == [-1, 0, 3]
+    assert [s.num_logprobs for s in steps.last_plan.sequences] == [None, 0, 3]
+
+
+def test_an_output_that_repeats_itself_ends():
+    """Not before min_tokens; the pattern may be as long as was asked for."""
+    detection = RepetitionDetection(max_pattern_size=2, min_count=3)
+    for min_tokens, length in ((0, 6), (9, 9)):
+        steps = Steps(next_token=lambda context: 65 + len(context) % 2)
+        steps.add("a", max_tokens=20, min_tokens=min_tokens, repetition_detection=detection)
+        steps.run()
+        assert len(steps.tokens["a"]) == length
+        assert steps.ends["a"] == ("repetition", None)

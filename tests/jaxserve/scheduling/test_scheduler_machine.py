@@ -109,7 +109,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert s.row is None or is_done or s.request_id in takes or is_short_of_items
         for s in plan.sequences:
             request = self.live[s.request_id][0]
-            assert s.num_logprobs == (-1 if request.sampling.logprobs is None else request.sampling.logprobs)
+            assert s.num_logprobs == request.sampling.logprobs
             assert s.start + s.num_tokens <= len(request.prompt_token_ids) + len(self.live[s.request_id][3]) + 1
             limit = request.sampling.max_tokens or self.config.max_model_len
             assert s.start + s.num_tokens < min(self.config.max_model_len, len(request.prompt_token_ids) + limit)
