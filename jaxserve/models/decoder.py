@@ -15,7 +15,7 @@ from flax import nnx
 from jaxserve.models.attention import PagedCache
 from jaxserve.models.decoder_config import DecoderConfig
 from jaxserve.models.decoder_layout import decoder_parameters, serve_decoder
-from jaxserve.models.layers import ACTIVATIONS, RMSNorm, embed, padded_vocab, parameter, unembed
+from jaxserve.models.layers import ACTIVATIONS, RMSNorm, embed, padded_vocab, parameter, serves_wide_table, unembed
 from jaxserve.models.linear import linear
 from jaxserve.models.model import ModelContext, ServedParams
 from jaxserve.models.rope import Rope, rotate
@@ -100,7 +100,9 @@ class DecoderModule(nnx.Module):
 
     def __init__(self, config: DecoderConfig, parallel: TensorParallelism, dtype: Any):
         rows = padded_vocab(config.vocab_size, parallel.size)
-        self.embedding = parameter((rows, config.hidden_size), (axes.VOCAB, axes.EMBED), dtype)
+        self.is_table_wide = serves_wide_table(is_tied=config.is_tied)
+        shape, names = (rows, config.hidden_size), (axes.VOCAB, axes.EMBED)
+        self.embedding = parameter(*((shape[::-1], names[::-1]) if self.is_table_wide else (shape, names)), dtype)
         self.layers = nnx.List([DecoderLayer(config, index, parallel, dtype) for index in range(config.num_layers)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, config.norm_offset)
         if not config.is_tied:
@@ -172,7 +174,7 @@ class Decoder:
         self, params: ServedParams, tokens_T: jax.Array, positions_T: jax.Array, cache: PagedCache, ctx: ModelContext
     ) -> jax.Array:
         c, module = self.config, self._module(params)
-        x_TD = embed(module.embedding.get_value(), tokens_T, ctx)
+        x_TD = embed(module.embedding.get_value(), tokens_T, ctx, is_wide=module.is_table_wide)
         if c.embedding_scale != 1:
             x_TD = x_TD * jnp.asarray(c.embedding_scale, x_TD.dtype)
         positions_T = jnp.maximum(positions_T, 0)
@@ -187,8 +189,9 @@ class Decoder:
     def logits(self, params: ServedParams, hidden_SD: jax.Array, ctx: ModelContext) -> jax.Array:
         c, module = self.config, self._module(params)
         weight = module.embedding if c.is_tied else module.lm_head
+        is_tall = c.is_tied and not module.is_table_wide
         hidden_SD = module.norm(hidden_SD)
-        return unembed(weight.get_value(), hidden_SD, c.vocab_size, ctx, transposed=c.is_tied, soft_cap=c.logit_soft_cap)
+        return unembed(weight.get_value(), hidden_SD, c.vocab_size, ctx, transposed=is_tall, soft_cap=c.logit_soft_cap)
 
 
 def sizes_for(config: DecoderConfig, limit: int) -> tuple[int, ...]:

@@ -13,6 +13,7 @@ from flax import nnx
 
 from jaxserve.models.linear import linear_f32
 from jaxserve.models.model import ModelContext
+from kernels_pallas import dispatch
 
 
 def parameter(shape: tuple[int, ...], axes: tuple[str | None, ...], dtype: Any) -> nnx.Param:
@@ -47,14 +48,35 @@ class RMSNorm(nnx.Module):
         return y.astype(x.dtype) * scale
 
 
-def embed(table_VD: jax.Array, tokens_T: jax.Array, ctx: ModelContext) -> jax.Array:
-    """Returns rows of a table whose vocabulary is cut over the devices: each looks up its own, the sum has all."""
+def embed(table: jax.Array, tokens_T: jax.Array, ctx: ModelContext, *, is_wide: bool = False) -> jax.Array:
+    """Returns rows of a table whose vocabulary is cut over the devices: each looks up its own, the sum has all.
+
+    Args:
+        table: [V, D], or [D, V] where it `is_wide` (see `serves_wide_table`).
+        tokens_T: ids.
+        ctx: the devices.
+        is_wide: see `table`.
+    """
+
+    def rows(ids_T: jax.Array) -> jax.Array:
+        return table[:, ids_T].T if is_wide else table[ids_T]
+
     if ctx.parallel.size == 1:
-        return table_VD[tokens_T]
-    local = tokens_T - ctx.device_index() * table_VD.shape[0]
-    is_mine = (local >= 0) & (local < table_VD.shape[0])
-    rows_TD = jnp.where(is_mine[:, None], table_VD[jnp.where(is_mine, local, 0)], jnp.zeros((), table_VD.dtype))
+        return rows(tokens_T)
+    height = table.shape[1 if is_wide else 0]
+    local = tokens_T - ctx.device_index() * height
+    is_mine = (local >= 0) & (local < height)
+    rows_TD = jnp.where(is_mine[:, None], rows(jnp.where(is_mine, local, 0)), jnp.zeros((), table.dtype))
     return ctx.sum_over_devices(rows_TD)
+
+
+def serves_wide_table(*, is_tied: bool) -> bool:
+    """Returns whether the embedding table is served as [D, V], as the head reads it.
+
+    On a CPU a dot over [V, D] takes 15 to 35 % longer than over [D, V] up to 32 rows, once a step over the largest matrix there
+    is; looking tokens up in columns costs 0.4 ms for 512 of them (256 wide).
+    """
+    return is_tied and dispatch.current_platform() == "cpu"
 
 
 def soft_capped(x: jax.Array, cap: float | None) -> jax.Array:
