@@ -98,11 +98,10 @@ def _sum_with_bias(x: jax.Array, weight: nnx.Param, bias: nnx.Param | None, ctx:
 class DecoderModule(nnx.Module):
     """All layers in the served layout."""
 
-    def __init__(self, config: DecoderConfig, parallel: TensorParallelism, dtype: Any):
+    def __init__(self, config: DecoderConfig, parallel: TensorParallelism, dtype: Any, *, is_table_wide: bool):
         rows = padded_vocab(config.vocab_size, parallel.size)
-        self.is_table_wide = serves_wide_table(is_tied=config.is_tied)
         shape, names = (rows, config.hidden_size), (axes.VOCAB, axes.EMBED)
-        self.embedding = parameter(*((shape[::-1], names[::-1]) if self.is_table_wide else (shape, names)), dtype)
+        self.embedding = parameter(*((shape[::-1], names[::-1]) if is_table_wide else (shape, names)), dtype)
         self.layers = nnx.List([DecoderLayer(config, index, parallel, dtype) for index in range(config.num_layers)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, config.norm_offset)
         if not config.is_tied:
@@ -118,7 +117,8 @@ class Decoder:
         self.config = config
         self.parallel = parallel
         self.dtype = dtype
-        abstract = nnx.eval_shape(lambda: DecoderModule(config, parallel, dtype))
+        self._is_table_wide = is_table_wide = serves_wide_table(is_tied=config.is_tied)
+        abstract = nnx.eval_shape(lambda: DecoderModule(config, parallel, dtype, is_table_wide=is_table_wide))
         self._graphdef, self._abstract_state = nnx.split(abstract)
 
     @property
@@ -160,7 +160,7 @@ class Decoder:
 
     def served_layout(self, leaves: Mapping[str, jax.Array]) -> ServedParams:
         state = jax.tree.map(lambda x: x, self._abstract_state)
-        nnx.replace_by_pure_dict(state, serve_decoder(self.config, self.parallel, leaves))
+        nnx.replace_by_pure_dict(state, serve_decoder(self.config, self.parallel, leaves, is_table_wide=self._is_table_wide))
         return tuple(jax.tree.leaves(state))
 
     def served_specs(self) -> Any:
@@ -174,7 +174,7 @@ class Decoder:
         self, params: ServedParams, tokens_T: jax.Array, positions_T: jax.Array, cache: PagedCache, ctx: ModelContext
     ) -> jax.Array:
         c, module = self.config, self._module(params)
-        x_TD = embed(module.embedding.get_value(), tokens_T, ctx, is_wide=module.is_table_wide)
+        x_TD = embed(module.embedding.get_value(), tokens_T, ctx, is_wide=self._is_table_wide)
         if c.embedding_scale != 1:
             x_TD = x_TD * jnp.asarray(c.embedding_scale, x_TD.dtype)
         positions_T = jnp.maximum(positions_T, 0)
@@ -189,7 +189,7 @@ class Decoder:
     def logits(self, params: ServedParams, hidden_SD: jax.Array, ctx: ModelContext) -> jax.Array:
         c, module = self.config, self._module(params)
         weight = module.embedding if c.is_tied else module.lm_head
-        is_tall = c.is_tied and not module.is_table_wide
+        is_tall = c.is_tied and not self._is_table_wide
         hidden_SD = module.norm(hidden_SD)
         return unembed(weight.get_value(), hidden_SD, c.vocab_size, ctx, transposed=is_tall, soft_cap=c.logit_soft_cap)
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxserve.models.decoder_config import DecoderConfig
-from jaxserve.models.layers import pad_rows, padded_vocab, serves_wide_table
+from jaxserve.models.layers import pad_rows, padded_vocab
 from jaxserve.models.weights import Parameter
 from sharding import axes
 from sharding.mesh import TensorParallelism
@@ -64,12 +64,14 @@ def _layer_parameters(c: DecoderConfig) -> dict[str, Declared]:
     return result
 
 
-def serve_decoder(config: DecoderConfig, parallel: TensorParallelism, leaves: Mapping[str, jax.Array]) -> dict[str, Any]:
+def serve_decoder(
+    config: DecoderConfig, parallel: TensorParallelism, leaves: Mapping[str, jax.Array], *, is_table_wide: bool
+) -> dict[str, Any]:
     """Returns the pure dict of `decoder.DecoderModule`, from canonical leaves {path: array}."""
     rows = padded_vocab(config.vocab_size, parallel.size)
     table = pad_rows(leaves["embed_tokens/embedding"], rows)
     served: dict[str, Any] = {
-        "embedding": table.T if serves_wide_table(is_tied=config.is_tied) else table,
+        "embedding": table.T if is_table_wide else table,
         "norm": {"scale": leaves["norm/scale"]},
     }
     if not config.is_tied:

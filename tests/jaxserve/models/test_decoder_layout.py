@@ -1,11 +1,18 @@
 """The served layout as a permutation: which heads, columns and biases each device gets."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxserve.models import decoder
 from jaxserve.models.registry import make_model
+from jaxserve.testing import oracle
+from jaxserve.testing.forward import all_logits
 from jaxserve.testing.tiny_checkpoint import TinyModel
+
+LOGIT_ERROR = 1e-4
+"""Of float32 logits of size 1, against float64."""
 
 BIASES = {"attention_bias": True, "mlp_bias": True}
 
@@ -49,3 +56,18 @@ def test_gate_and_up_lie_side_by_side_on_each_device():
     expected = [0, 1, 2, 3, 100, 101, 102, 103, 4, 5, 6, 7, 104, 105, 106, 107]
     np.testing.assert_array_equal(np.asarray(layer.gate_up_bias.get_value()), expected)
     np.testing.assert_array_equal(np.asarray(layer.gate_up.get_value())[0], expected)
+
+
+@pytest.mark.parametrize("form", ["tall", "wide"])
+def test_a_tied_table_gives_the_oracles_logits_in_either_form(form, monkeypatch):
+    """[V, D] as elsewhere and [D, V] as on a CPU: looked up by token, and read by the head."""
+    monkeypatch.setattr(decoder, "serves_wide_table", lambda *, is_tied: is_tied and form == "wide")
+    shape = TinyModel(is_tied=True, num_layers=1)
+    model, generator = make_model(shape.config()), np.random.default_rng(0)
+    leaves = {p.path: generator.normal(0, 0.1, p.shape).astype(np.float32) for p in model.parameters()}
+    served = jax.eval_shape(model.served_layout, leaves)
+    table = (shape.vocab_size, shape.hidden_size)
+    assert (table if form == "tall" else table[::-1]) in {leaf.shape for leaf in served}
+    tokens = [3, 1, 4, 1, 5, 9, 2, 6]
+    expected = oracle.logits(leaves, shape.config(), tokens)
+    np.testing.assert_allclose(all_logits(model, leaves, tokens), expected, atol=LOGIT_ERROR)
