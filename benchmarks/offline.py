@@ -1,7 +1,11 @@
-"""jaxserve beside Hugging Face transformers on one machine: the same random weights, the same requests, in one run.
+"""jaxserve beside its peers on one machine: the same random weights, the same requests, in one run.
 
     make bench
     make bench ARGS="--models 125M --workloads 'single,32 mixed' --repetitions 5"
+    make bench ARGS="--vllm-python ~/vllm/bin/python --llamacpp-python ~/llamacpp/bin/python"
+
+Hugging Face transformers is installed by `make bench`; vLLM's CPU build and llama.cpp are compared where the interpreters of
+their environments are given (`RESULTS.md` says how to make them).
 
 Each peer is a process of its own that stays; workloads run interleaved (one peer after the other, then the next workload; the
 order turns with every repetition), each repetition with other tokens of the same lengths. Medians are shown, and jaxserve over
@@ -19,6 +23,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +34,26 @@ from rich.table import Table
 from benchmarks import random_checkpoint, workloads
 from benchmarks.peers import PEERS
 
-OWN = "jaxserve"
+OWN, VLLM, LLAMA_CPP = "jaxserve", "vLLM", "llama.cpp"
+
+
+@dataclass(frozen=True)
+class Home:
+    """Where a peer lives.
+
+    Attributes:
+        python: the interpreter of its environment.
+        preload: libraries that its manual wants preloaded, separated by colons.
+    """
+
+    python: str = sys.executable
+    preload: str = ""
 
 
 class Worker:
     """A peer in its own process."""
 
-    def __init__(self, peer: str, model: Path, vocab_size: int, cache: Path):
+    def __init__(self, peer: str, home: Home, model: Path, vocab_size: int, cache: Path):
         # jax's own log lines (no GPU found, ...) and progress bars would break the table.
         environment = os.environ | {
             "JAX_COMPILATION_CACHE_DIR": str(cache),
@@ -44,8 +63,10 @@ class Worker:
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
             "TQDM_DISABLE": "1",
         }
+        if home.preload:
+            environment["LD_PRELOAD"] = home.preload
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  (lives as long as the worker; see close)
-        command = [sys.executable, "-m", "benchmarks.worker", peer, str(model), str(vocab_size), repr(time.time())]
+        command = [home.python, "-m", "benchmarks.worker", peer, str(model), str(vocab_size), repr(time.time())]
         self._process = subprocess.Popen(
             command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True
         )
@@ -74,29 +95,32 @@ class Worker:
 
 
 def _start_all(
-    peers: list[str], model: Path, vocab_size: int, cache: Path
+    peers: dict[str, Home], model: Path, vocab_size: int, cache: Path
 ) -> tuple[dict[str, Worker], dict[str, list[float]]]:
     """Starts each peer twice and keeps the second; returns the workers and both times to a first token [s]."""
     startup: dict[str, list[float]] = {}
     workers = {}
-    for peer in peers:
-        first = Worker(peer, model, vocab_size, cache)
+    for peer, home in peers.items():
+        first = Worker(peer, home, model, vocab_size, cache)
         first.close()
-        workers[peer] = Worker(peer, model, vocab_size, cache)
+        workers[peer] = Worker(peer, home, model, vocab_size, cache)
         workers[peer].ask(warm_up=True)
         startup[peer] = [first.first_token_s, workers[peer].first_token_s]
     return workers, startup
 
 
-def compare(model: str, peers: list[str], names: list[str], repetitions: int, directory: Path) -> dict[str, Any]:
+def compare(model: str, peers: dict[str, Home], names: list[str], repetitions: int, directory: Path) -> dict[str, Any]:
     """Returns every figure of one model: {"startup_s": {peer: [first, second]}, "runs": {workload: {peer: [figures]}}}."""
     path = random_checkpoint.write(model, directory)
     vocab_size = random_checkpoint.SHAPES[model].vocab_size
+    if LLAMA_CPP in peers:
+        subprocess.run([peers[LLAMA_CPP].python, "-m", "benchmarks.gguf_checkpoint", str(path)], check=True)
     runs: dict[str, dict[str, list[dict[str, Any]]]] = {name: {peer: [] for peer in peers} for name in names}
     with tempfile.TemporaryDirectory() as cache:
         workers, startup = _start_all(peers, path, vocab_size, Path(cache))
         for repetition in range(repetitions):
-            turned = peers[repetition % len(peers) :] + peers[: repetition % len(peers)]
+            turned = deque(peers)
+            turned.rotate(-repetition)
             for name in names:
                 for peer in turned:
                     runs[name][peer].append(workers[peer].ask(workload=name, seed=repetition))
@@ -158,6 +182,20 @@ def _machine() -> str:
     return f"{len(os.sched_getaffinity(0))} cores of {names[0] if names else platform.machine()}"
 
 
+def _homes(console: Console, arguments: argparse.Namespace) -> dict[str, Home]:
+    """Returns where each peer that can be run here lives; says which cannot."""
+    homes = {OWN: Home()}
+    if importlib.util.find_spec("transformers") is None or importlib.util.find_spec("torch") is None:
+        console.print("torch and transformers are not installed here: jaxserve runs without them.")
+    else:
+        homes |= {peer: Home() for peer in PEERS if peer.startswith("transformers")}
+    if arguments.vllm_python:
+        homes[VLLM] = Home(arguments.vllm_python, arguments.vllm_preload)
+    if arguments.llamacpp_python:
+        homes[LLAMA_CPP] = Home(arguments.llamacpp_python)
+    return homes
+
+
 def main() -> None:
     """See the module docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -165,6 +203,11 @@ def main() -> None:
         "--models", default=",".join(random_checkpoint.SHAPES), help="of " + ", ".join(random_checkpoint.SHAPES)
     )
     parser.add_argument("--peers", default=",".join(PEERS), help="of " + ", ".join(PEERS))
+    parser.add_argument("--vllm-python", help="interpreter of an environment with vLLM's CPU build")
+    parser.add_argument("--vllm-preload", default="", help="libraries to preload for it, separated by colons")
+    parser.add_argument(
+        "--llamacpp-python", help="interpreter of an environment with llama-cpp-python, gguf and safetensors"
+    )
     parser.add_argument("--workloads", default=",".join(workloads.NAMES), help="of " + ", ".join(workloads.NAMES))
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--json", type=Path, help="write every figure to this file")
@@ -178,9 +221,8 @@ def main() -> None:
             if name not in known:
                 parser.error(f"{name!r} is unknown; choose from {', '.join(known)}")
     console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 140)
-    if importlib.util.find_spec("transformers") is None or importlib.util.find_spec("torch") is None:
-        console.print("torch and transformers are not installed here: jaxserve runs alone.")
-        peers = [peer for peer in peers if peer == OWN]
+    homes = _homes(console, arguments)
+    peers = {peer: homes[peer] for peer in peers if peer in homes}
     console.print(f"{time.strftime('%Y-%m-%d')}, {_machine()}, Python {platform.python_version()}")
     everything = []
     for model in models:

@@ -5,31 +5,12 @@ Only the peer that runs is imported. jaxserve through its public API alone.
 
 import os
 import time
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 from benchmarks import workloads
+from benchmarks.foreign_peers import LlamaCpp, Vllm
+from benchmarks.results import Result
 from benchmarks.workloads import Request
-
-
-class Result(NamedTuple):
-    """One request's outcome.
-
-    Attributes:
-        token_ids: what was generated.
-        first_s, last_s: seconds from the submission of the whole workload to its first and its last token.
-    """
-
-    token_ids: list[int]
-    first_s: float
-    last_s: float
-
-
-class Peer(Protocol):
-    """An engine with a model in float32; `close` ends it."""
-
-    def run(self, requests: list[Request]) -> list[Result]: ...
-
-    def close(self) -> None: ...
 
 
 class Jaxserve:
@@ -179,4 +160,6 @@ PEERS: dict[str, type[Any]] = {
     "jaxserve": Jaxserve,
     "transformers static": TransformersStatic,
     "transformers continuous": TransformersContinuous,
+    "vLLM": Vllm,
+    "llama.cpp": LlamaCpp,
 }

@@ -12,7 +12,8 @@ import time
 from typing import Any
 
 from benchmarks import workloads
-from benchmarks.peers import PEERS, Peer
+from benchmarks.peers import PEERS
+from benchmarks.results import Peer
 
 
 def _busy_s() -> float:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxserve.execution.argmax import largest
 from jaxserve.execution.logits import PROCESSED, LogitsProcessor, Rows, SamplingInputs, adjust, is_adjusted
 from jaxserve.execution.scores import Scores, no_scores, score, with_picked
 from jaxserve.execution.struct import Leaf, struct
@@ -148,8 +149,8 @@ def sample(
         is_deterministic: a row's bits do not depend on how many rows there are.
         processors: in the order of inputs.processors.
     """
-    best_S = jnp.argmax(raw_SV, axis=-1).astype(jnp.int32)  # of a NaN, if there is one
-    is_sound_S = jnp.isfinite(jnp.take_along_axis(raw_SV, best_S[:, None], axis=-1)[:, 0])
+    best_S, top_S = largest(raw_SV)
+    is_sound_S = jnp.isfinite(top_S)
 
     scores_of = partial(
         _scores,
@@ -171,8 +172,7 @@ def sample(
         logits_SV = lax.cond(
             is_random, lambda x: _process(x, inputs, is_deterministic=is_deterministic), lambda x: x, logits_SV
         )
-        greedy_S = jnp.argmax(logits_SV, axis=-1).astype(jnp.int32)
-        top_S = jnp.take_along_axis(logits_SV, greedy_S[:, None], axis=-1)[:, 0]
+        greedy_S, top_S = largest(logits_SV)
         tokens_S = lax.cond(
             is_random,
             lambda x: jnp.where(_is_greedy(inputs), greedy_S, _draw(x, inputs, is_deterministic=is_deterministic)),
