@@ -38,13 +38,7 @@ def test_a_flag_beats_the_environment_beats_the_file_beats_the_default(file, mon
 def test_every_engine_field_can_be_set_from_the_file(file):
     """A field that EngineConfig gains is a setting at once, and arrives."""
     legal = {"dtype": "float32", "page_size": 8, "gpu_memory_utilization": 0.5, "max_num_batched_tokens": 32}
-    legal |= {
-        "enable_prefix_caching": False,
-        "logprobs_mode": "processed",
-        "max_num_seqs": 4,
-        "token_buckets": [8, 32],
-        "sequence_buckets": [1, 4],
-    }
+    legal |= {"enable_prefix_caching": False, "logprobs_mode": "processed", "max_num_seqs": 4, "token_buckets": [8, 32], "sequence_buckets": [1, 4]}
     samples = {int: 3, float: 0.25, bool: True, str: "some"}
     values = {}
     for field in dataclasses.fields(EngineConfig):
