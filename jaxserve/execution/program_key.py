@@ -32,6 +32,7 @@ SOURCES = (
     "jaxserve/outputs.py",
     "jaxserve/plan.py",
     "jaxserve/request.py",
+    "jaxserve/structured_outputs.py",
     "kernels_pallas",
     "sharding",
 )

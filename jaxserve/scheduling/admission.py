@@ -57,7 +57,11 @@ def admit(
         left += victims
         holdings.seat(sequence, cached)
         budget.cached_pages -= len(cached[0])
-        takes[sequence] = budget.take(sequence)
+        takes[sequence] = take = budget.take(sequence)
+        if holdings.caches:
+            # At once, so that those behind it that begin alike do not compute the same pages beside it. Nobody who enters later
+            # can displace it: they come in order of priority.
+            holdings.give_keys(sequence, sequence.num_computed + take)
         sequence.num_skips = 0
         entered.append(sequence)
     return entered, left

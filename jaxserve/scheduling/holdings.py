@@ -79,15 +79,16 @@ class Holdings:
         sequence.num_reserved += lacking * self.page_size
         return True
 
-    def give_keys(self, sequence: Sequence) -> None:
-        """Gives the prefix cache the sequence's full pages of committed tokens, those of the step just planned included.
+    def give_keys(self, sequence: Sequence, num_computed: int) -> None:
+        """Gives the prefix cache the sequence's full pages of committed tokens, of its first `num_computed`.
 
-        Steps run in order, so any later one may read them.
+        The last of these may be computed in the step that is being planned: each layer stores all keys and values of a step before
+        any of it attends, so others may read them in that very step.
         """
-        num_full = min(sequence.num_computed, len(sequence.token_ids)) // self.page_size
-        first, keys = sequence.num_pages_cached, self._page_keys(sequence)
+        num_full = min(num_computed, sequence.num_known) // self.page_size
+        keys = self._page_keys(sequence)
         for cache, pages in zip(self.caches, sequence.pages, strict=True):
-            for index in range(first, num_full):
+            for index in range(sequence.num_pages_cached, num_full):
                 cache.insert(keys[index], pages[index])
         self._set_cached(sequence, num_full)
 

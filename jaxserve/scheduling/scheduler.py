@@ -186,7 +186,7 @@ class Scheduler:
             )
             planned.append(_with_what_is_read(plan, sequence) if sequence.reads_hidden else plan)
             if sequence.next_key_at <= stop and sequence.next_key_at <= num_known:
-                self.holdings.give_keys(sequence)
+                self.holdings.give_keys(sequence, stop)
         step = self._next_step
         self._next_step += 1
         self._sampling_in[step] = sampling
