@@ -160,14 +160,16 @@ def test_generated_tokens_are_found_too():
     assert engine.first_chunk("b")[0] == 12, "13 of the 14 tokens were computed, three pages of them are full"
 
 
-def test_one_step_gives_the_next_what_it_computes():
-    engine = Engine(max_num_batched_tokens=16)
-    engine.run(request("a", PROMPT[:14]), request("b", (*PROMPT[:12], 7)))
-    first = [s.request_id for s in engine.runner.plans[0].sequences]
-    assert first == ["a", "b"], "b begins in the step of a, and must not take what is not there yet"
-    assert engine.first_chunk("b")[0] == 0
-    engine.run(request("c", PROMPT[:20]))
-    assert engine.first_chunk("c")[0] == 12
+def test_a_step_gives_what_it_computes_to_those_behind_at_once():
+    """Each layer stores a step's keys and values before any token attends; c begins with what a and b compute together."""
+    engine = Engine(max_num_batched_tokens=16, long_prefill_token_threshold=8)
+    engine.run(request("a", PROMPT[:14]), request("b", (*PROMPT[:12], 7)), request("c", (*PROMPT[:12], 8)))
+    first = {s.request_id: (s.start, s.num_tokens) for s in engine.runner.plans[0].sequences}
+    assert first == {"a": (0, 10), "b": (8, 5), "c": (12, 1)}
+    assert engine.pages["b"][0][:2] == engine.pages["a"][0][:2]
+    assert engine.pages["c"][0][:3] == engine.pages["b"][0][:3]
+    engine.run(request("d", PROMPT[:20]))
+    assert engine.first_chunk("d")[0] == 12
 
 
 def test_a_shared_page_lives_as_long_as_one_holder():
