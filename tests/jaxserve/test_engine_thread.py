@@ -375,7 +375,7 @@ def test_books_that_do_not_balance_end_an_idle_engine(config):
 
 
 def _leak(scheduler, inbox, batch):
-    scheduler.pools[0].allocate(1)
+    scheduler.holdings.pools[0].allocate(1)
     inbox(batch)
 
 

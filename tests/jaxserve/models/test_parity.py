@@ -118,7 +118,7 @@ def prompts(model):
 
 def deal_different_pages(llm):
     """Turns round the free pages of every group but the first, so that a block table of the wrong group gives wrong tokens."""
-    for pool in llm._engine.client._engine._scheduler.pools[1:]:
+    for pool in llm._engine.client._engine._scheduler.holdings.pools[1:]:
         pool.release(pool.allocate(pool.num_free))
 
 
