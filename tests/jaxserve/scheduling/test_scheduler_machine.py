@@ -223,8 +223,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert self.scheduler.num_running == self.scheduler.num_waiting == 0
 
 
-def test_each_request_gets_what_it_would_get_alone():
-    run_state_machine_as_test(SchedulerMachine, settings=settings(max_examples=50, stateful_step_count=40, deadline=None))
+@pytest.mark.parametrize("num_examples", [25, pytest.param(500, marks=pytest.mark.slow)])
+def test_each_request_gets_what_it_would_get_alone(num_examples):
+    examples = settings(max_examples=num_examples, stateful_step_count=40, deadline=None)
+    run_state_machine_as_test(SchedulerMachine, settings=examples)
 
 
 def test_the_same_in_dense_traffic():
