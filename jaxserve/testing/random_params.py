@@ -15,7 +15,8 @@ from jaxserve.request import SamplingParams
 _OFF = 0.6
 """Share of requests that leave a costly field at its default, so that batches are mixed."""
 
-STOPS = ("zq", "\n\n", "the end", "é")
+WORDS = ("zq", "the end", "é")
+STOPS = (*WORDS, "\n\n")
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +102,7 @@ GENERATORS: dict[str, Draw] = {
     "structured_outputs": lambda rng, limits: None,
     "logit_bias": _maybe(_logit_bias),
     "allowed_token_ids": _maybe(_token_ids(1, 64)),
-    "bad_words": _maybe(lambda rng, limits: rng.sample(STOPS, rng.randint(1, len(STOPS)))),
+    "bad_words": _maybe(lambda rng, limits: rng.sample(WORDS, rng.randint(1, len(WORDS)))),
     "extra_args": _extra_args,
     "skip_reading_prefix_cache": _choice(None, True, False),
     "thinking_token_budget": lambda rng, limits: None,
