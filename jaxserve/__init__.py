@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from jaxserve.errors import (
         CheckpointError,
         ConfigError,
+        ConstraintError,
         DrainingError,
         EngineDeadError,
         IntegrityError,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from jaxserve.llm import LLM
     from jaxserve.outputs import CompletionOutput, Logprob, RequestOutput
     from jaxserve.request import SamplingParams
+    from jaxserve.structured_outputs import StructuredOutputsParams
 
 __version__ = "0.1.0.dev0"
 
@@ -39,6 +41,7 @@ __all__ = [
     "CheckpointError",
     "CompletionOutput",
     "ConfigError",
+    "ConstraintError",
     "DrainingError",
     "EngineConfig",
     "EngineDeadError",
@@ -50,6 +53,7 @@ __all__ = [
     "OverloadedError",
     "RequestOutput",
     "SamplingParams",
+    "StructuredOutputsParams",
     "UnknownModelError",
     "__version__",
 ]
@@ -62,6 +66,7 @@ _MODULE_OF = {
     "Logprob": "outputs",
     "RequestOutput": "outputs",
     "SamplingParams": "request",
+    "StructuredOutputsParams": "structured_outputs",
 }
 """Where a public name lives; every other one lives in `errors`."""
 

@@ -20,6 +20,7 @@ PUBLIC = {
     "Logprob",
     "RequestOutput",
     "SamplingParams",
+    "StructuredOutputsParams",
     "__version__",
 }
 
