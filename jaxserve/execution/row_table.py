@@ -151,8 +151,11 @@ class RowTable:
                 words[index] &= self._allowed_RW[s.row]
             if s.request_id in constrained:
                 words[index] &= constrained[s.request_id]
+            forbidden = words[index].copy()
             for token_id in s.forbidden:
-                words[index, token_id // 32] &= ~np.uint32(1 << (token_id % 32))
+                forbidden[token_id // 32] &= ~np.uint32(1 << (token_id % 32))
+            if s.request_id not in constrained or forbidden.any():  # min_tokens yields to a form that is complete
+                words[index] = forbidden
         return words, masked
 
 

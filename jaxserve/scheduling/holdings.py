@@ -82,8 +82,8 @@ class Holdings:
     def give_keys(self, sequence: Sequence, num_computed: int) -> None:
         """Gives the prefix cache the sequence's full pages of committed tokens, of its first `num_computed`.
 
-        The last of these may be computed in the step that is being planned: each layer stores all keys and values of a step before
-        any of it attends, so others may read them in that very step.
+        The last of these may be computed in the step that is being planned: each layer stores all of a step before
+        any token attends, so others may read them in that very step.
         """
         num_full = min(num_computed, sequence.num_known) // self.page_size
         keys = self._page_keys(sequence)

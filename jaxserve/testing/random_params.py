@@ -11,6 +11,7 @@ from typing import Any
 
 from jaxserve import request
 from jaxserve.request import SamplingParams
+from jaxserve.structured_outputs import StructuredOutputsParams
 
 _OFF = 0.6
 """Share of requests that leave a costly field at its default, so that batches are mixed."""
@@ -35,6 +36,12 @@ class Limits:
     has_all_logprobs: bool = True
     processors: tuple[tuple[str, int], ...] = ()
 
+
+FORMS = (
+    StructuredOutputsParams(choice=["yes", "no", "never"]),
+    StructuredOutputsParams(regex="[a-c ]{1,9}[.]"),
+    StructuredOutputsParams(json={"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}),
+)
 
 Draw = Callable[[random.Random, Limits], Any]
 
@@ -99,7 +106,7 @@ GENERATORS: dict[str, Draw] = {
     "spaces_between_special_tokens": _choice(True, False),
     "include_stop_str_in_output": _choice(True, False),
     "truncate_prompt_tokens": _maybe(_choice(-1, 1, 7)),
-    "structured_outputs": lambda rng, limits: None,
+    "structured_outputs": lambda rng, limits: rng.choice(FORMS) if rng.random() < 0.15 else None,
     "logit_bias": _maybe(_logit_bias),
     "allowed_token_ids": _maybe(_token_ids(1, 64)),
     "bad_words": _maybe(lambda rng, limits: rng.sample(WORDS, rng.randint(1, len(WORDS)))),
@@ -121,6 +128,8 @@ def random_params(rng: random.Random, limits: Limits) -> SamplingParams:
     drawn["min_tokens"] = min(drawn["min_tokens"], drawn["max_tokens"])
     if not drawn["detokenize"]:
         drawn["stop"] = None
+    if drawn["structured_outputs"] is not None:  # these may leave no token that a form allows
+        drawn |= {"allowed_token_ids": None, "bad_words": None, "stop_token_ids": None}
     return SamplingParams(**drawn)
 
 

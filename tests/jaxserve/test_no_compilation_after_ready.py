@@ -12,8 +12,8 @@ from jaxserve.execution.compilation import process_counter
 from jaxserve.testing.random_params import GENERATORS, Limits, random_params, toggled
 
 NOT_TOGGLED = {
-    "n": "LLM takes 1 only so far",
-    "structured_outputs": "no generator yet",
+    "n": "several completions are several requests",
+    "thinking_token_budget": "no engine has a reasoning configuration yet",
     "extra_args": "the engines of this file register no logits processor",
 }
 

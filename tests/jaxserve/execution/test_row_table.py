@@ -78,6 +78,16 @@ def test_the_mask_has_a_bit_a_token():
     assert masked == [1, 2]
 
 
+def test_min_tokens_yield_to_a_form_that_is_complete():
+    """Where nothing but the end is left, it comes, however early."""
+    end_alone = np.zeros(3, np.uint32)
+    end_alone[0] = 1 << 7
+    group = [sequence(0, forbidden=(7, 33)), sequence(1, forbidden=(7, 33))]
+    words, masked = RowTable(CONFIG).pack_allowed(group, 2, {"r1": end_alone})
+    assert forbidden(words) == [[7, 33], [i for i in range(70) if i != 7]]
+    assert masked == [0, 1]
+
+
 @pytest.mark.parametrize("num_prompt", [0, 5, ADMISSION_TOKENS + 7])
 def test_an_admission_counts_every_token(num_prompt):
     """However many calls a prompt takes: 1 for a token of the prompt, 2 more for each time in the output."""

@@ -4,6 +4,7 @@ import numpy as np
 
 from jaxserve.structured.all_of import AllOf
 from jaxserve.structured.bad_words import BadWords
+from jaxserve.structured.compiled_grammar import compute_masks
 from jaxserve.structured.rows import restrict_rows
 from jaxserve.structured_outputs import StructuredOutputsParams
 from jaxserve.testing.constrained_sampler import PROMPT
@@ -36,3 +37,11 @@ def test_rows_together_are_rows_alone(ascii_sampler):
                 np.testing.assert_array_equal(words[row], expected, err_msg=f"row {row}, step {step}")
         for row, state in states.items():
             state.accept((b"{}" if row == 0 else b"aa")[step] if step < 2 else 0)
+
+
+def test_a_mask_that_was_computed_ahead_is_forgotten_by_a_token(ascii_sampler):
+    compiled = ascii_sampler.compiler.compile(StructuredOutputsParams(regex="ab"))
+    states = [compiled.start(PROMPT), compiled.start(PROMPT)]
+    compute_masks(states)
+    states[0].accept(ord("a"))
+    assert [chr(i) for state in states for i in ascii_sampler.allowed(state)] == ["b", "a"]
