@@ -45,6 +45,7 @@ from jaxserve.plan import kv_groups
 from jaxserve.request_factory import RequestFactory
 from jaxserve.scheduling.scheduler import Scheduler
 from jaxserve.structured.compiler import GrammarCompiler
+from jaxserve.structured.thinking import Reasoning
 from jaxserve.tokenization.tokenizer import Tokenizer
 from kernels_pallas.paged_attention.api import IMPLEMENTATIONS, check_supported
 from kernels_pallas.paged_attention.tiling import Tiling, default_tiling
@@ -152,6 +153,7 @@ def build(
             source.eos_token_ids,
             defaults=defaults,
             compiler=GrammarCompiler(source.tokenizer, resolved.vocab_size, source.eos_token_ids),
+            reasoning=_reasoning(config, source.tokenizer),
         ),
         tokenizer=source.tokenizer,
         config=resolved,
@@ -163,6 +165,19 @@ def build(
             "total": ready - started,
         },
     )
+
+
+def _reasoning(config: EngineConfig, tokenizer: Tokenizer | None) -> Reasoning | None:
+    """Returns the marks of thinking as tokens."""
+    if not config.reasoning_start or not config.reasoning_end:
+        return None
+    if tokenizer is None:
+        raise ConfigError("reasoning_start and reasoning_end need a tokenizer.")
+    marks = (config.reasoning_start, config.reasoning_end)
+    start, end = (tuple(tokenizer.encode(mark, add_special_tokens=False, parse_special=True)) for mark in marks)
+    if not start or not end:
+        raise ConfigError(f"reasoning_start and reasoning_end must have tokens, got {marks[0]!r} and {marks[1]!r}.")
+    return Reasoning(start, end)
 
 
 def resolve(

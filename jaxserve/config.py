@@ -12,6 +12,16 @@ from jaxserve.errors import ConfigError
 
 LOGPROBS_MODES = ("raw", "processed")
 
+_TEXTS = (
+    "model",
+    "tokenizer",
+    "compilation_cache_dir",
+    "revision",
+    "generation_config",
+    "reasoning_start",
+    "reasoning_end",
+)
+
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -41,6 +51,7 @@ class EngineConfig:
         logprobs_mode: "raw" or "processed": what log-probabilities mean where a request does not say.
         generation_config: where the sampling defaults come from: "auto" (the model's generation_config.json), "vllm" (none), or
             a directory with such a file.
+        reasoning_start, reasoning_end: texts between which the model thinks, for `thinking_token_budget`; both or none.
         attention_backend: "auto", or the name of one implementation of paged attention.
         enable_prefix_caching: keep pages that nobody holds, until their room is needed, for prompts that begin alike.
         deterministic: the same request gives the same bits, whatever runs beside it, however it is cut into steps and whatever
@@ -71,6 +82,8 @@ class EngineConfig:
     max_logprobs: int = 20
     logprobs_mode: str = "raw"
     generation_config: str = "auto"
+    reasoning_start: str | None = None
+    reasoning_end: str | None = None
     attention_backend: str = "auto"
     enable_prefix_caching: bool = True
     deterministic: bool = False
@@ -80,7 +93,15 @@ class EngineConfig:
     revision: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("model", "tokenizer", "compilation_cache_dir", "revision", "generation_config"):
+        for name in (
+            "model",
+            "tokenizer",
+            "compilation_cache_dir",
+            "revision",
+            "generation_config",
+            "reasoning_start",
+            "reasoning_end",
+        ):
             value = getattr(self, name)
             if isinstance(value, PathLike):
                 object.__setattr__(self, name, fspath(value))
@@ -106,6 +127,10 @@ class EngineConfig:
         self._check_count("max_logprobs", 0, 128, "a whole number in [0, 128]")
         if self.logprobs_mode not in LOGPROBS_MODES:
             raise ConfigError(f"logprobs_mode must be one of {', '.join(LOGPROBS_MODES)}, got {self.logprobs_mode!r}.")
+        if bool(self.reasoning_start) != bool(self.reasoning_end):
+            raise ConfigError(
+                f"reasoning_start and reasoning_end go together, got {self.reasoning_start!r} and {self.reasoning_end!r}."
+            )
         if not isinstance(self.generation_config, str) or not self.generation_config:
             raise ConfigError(f"generation_config must be auto, vllm or a directory, got {self.generation_config!r}.")
         if self.dtype not in DTYPES:

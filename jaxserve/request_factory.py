@@ -20,6 +20,7 @@ from jaxserve.structured.all_of import AllOf
 from jaxserve.structured.bad_words import BadWords
 from jaxserve.structured.compiler import GrammarCompiler
 from jaxserve.structured.constraint import CompiledConstraint
+from jaxserve.structured.thinking import Reasoning, ThinkingBudget
 from jaxserve.tokenization.bad_words import word_sequences
 from jaxserve.tokenization.tokenizer import Tokenizer
 
@@ -33,6 +34,7 @@ class RequestFactory:
         eos_token_ids: tokens that end every request that does not ignore them.
         defaults: fields of SamplingParams for whoever passes none: the model's own.
         compiler: of grammars; None refuses structured_outputs.
+        reasoning: how the model marks its thinking; None refuses thinking_token_budget.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class RequestFactory:
         *,
         defaults: Mapping[str, Any] | None = None,
         compiler: GrammarCompiler | None = None,
+        reasoning: Reasoning | None = None,
     ):
         self._config = config
         self._tokenizer = tokenizer
@@ -50,6 +53,7 @@ class RequestFactory:
         self._eos_token_ids = frozenset(i for i in eos_token_ids if 0 <= i < config.vocab_size)
         self._defaults = dict(defaults or {})
         self._compiler = compiler
+        self._reasoning = reasoning
         self._ordinals = itertools.count()
 
     @property
@@ -105,7 +109,9 @@ class RequestFactory:
         sampling = sampling if sampling is not None else self.default_sampling
         if truncate_prompt_tokens is not None:
             sampling = replace(sampling, truncate_prompt_tokens=truncate_prompt_tokens)
-        check_sampling(sampling, self._config, has_tokenizer=self._tokenizer is not None)
+        check_sampling(
+            sampling, self._config, has_tokenizer=self._tokenizer is not None, has_reasoning=self._reasoning is not None
+        )
         if isinstance(prompt, str):
             token_ids = self._encode(prompt, add_special_tokens, parse_special)
         else:
@@ -174,6 +180,8 @@ class RequestFactory:
             constraints.append(self._compiler.compile(sampling.structured_outputs))
         if sampling.bad_words and self._tokenizer is not None:
             constraints.append(self._bad_words(sampling.bad_words, self._tokenizer))
+        if sampling.thinking_token_budget is not None and self._reasoning is not None:
+            constraints.append(ThinkingBudget(self._reasoning, sampling.thinking_token_budget))
         if not constraints:
             return None
         return constraints[0] if len(constraints) == 1 else AllOf(tuple(constraints))

@@ -7,7 +7,7 @@ from jaxserve.errors import InvalidRequestError
 from jaxserve.request import ALL_LOGPROBS, SamplingParams
 
 
-def check_sampling(sampling: SamplingParams, config: ResolvedConfig, *, has_tokenizer: bool) -> None:
+def check_sampling(sampling: SamplingParams, config: ResolvedConfig, *, has_tokenizer: bool, has_reasoning: bool) -> None:
     """Raises InvalidRequestError, which names the field, where this engine cannot serve it."""
     for name in ("logprobs", "prompt_logprobs"):
         # The whole vocabulary is served whatever max_logprobs says: it has a program of its own, and a price in host memory.
@@ -29,12 +29,12 @@ def check_sampling(sampling: SamplingParams, config: ResolvedConfig, *, has_toke
         raise InvalidRequestError(
             "truncate_prompt_tokens", sampling.truncate_prompt_tokens, f"less than max_model_len ({config.max_model_len})"
         )
-    if sampling.thinking_token_budget is not None:
+    if sampling.thinking_token_budget is not None and not has_reasoning:
         raise InvalidRequestError(
             "thinking_token_budget",
             sampling.thinking_token_budget,
             "None or -1, as this engine does not know how reasoning begins and ends",
-            "Limit the whole completion by max_tokens.",
+            "Set reasoning_start and reasoning_end when starting the engine, or limit the whole completion by max_tokens.",
         )
 
 

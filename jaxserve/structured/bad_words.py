@@ -1,21 +1,17 @@
 """Token sequences that a completion must not contain.
 
 As in vLLM, the last token of a sequence is banned where the *generated* tokens end with the others; the prompt does not
-count. How words become sequences is the request factory's to know: `token_sequences`.
+count. How words become sequences: `tokenization.bad_words`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from jaxserve.structured.constraint import TokenConstraint
-
-if TYPE_CHECKING:
-    from jaxserve.tokenization.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,18 +68,3 @@ class _BadWordsState:
 
     def accept(self, token_id: int) -> None:
         self._output.append(token_id)
-
-
-def token_sequences(tokenizer: Tokenizer, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
-    """The token sequences of words, at the start of a text and in its middle (vLLM's rule).
-
-    Of the spelling with a space in front only one that has as many tokens and begins with another one counts.
-    """
-    sequences = []
-    for word in words:
-        plain = tokenizer.encode(word.lstrip(), add_special_tokens=False)
-        spaced = tokenizer.encode(" " + word.lstrip(), add_special_tokens=False)
-        sequences.append(tuple(plain))
-        if spaced[:1] != plain[:1] and len(spaced) == len(plain):
-            sequences.append(tuple(spaced))
-    return tuple(sequence for sequence in dict.fromkeys(sequences) if sequence)

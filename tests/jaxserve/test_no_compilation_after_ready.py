@@ -13,7 +13,7 @@ from jaxserve.testing.random_params import GENERATORS, Limits, random_params, to
 
 NOT_TOGGLED = {
     "n": "several completions are several requests",
-    "thinking_token_budget": "no engine has a reasoning configuration yet",
+    "thinking_token_budget": "the engines of this file do not know how reasoning ends",
     "extra_args": "the engines of this file register no logits processor",
 }
 

@@ -10,6 +10,7 @@ from jaxserve.request import SamplingParams
 from jaxserve.request_factory import RequestFactory
 from jaxserve.structured.all_of import AllOf
 from jaxserve.structured.bad_words import BadWords
+from jaxserve.structured.thinking import Reasoning, ThinkingBudget
 from jaxserve.structured_outputs import StructuredOutputsParams
 from jaxserve.testing.fake_runner import toy_config
 from jaxserve.tokenization.ascii_tokenizer import AsciiTokenizer
@@ -143,6 +144,9 @@ def test_texts_need_a_tokenizer(name):
 def test_a_budget_of_thinking_needs_an_engine_that_knows_thinking(factory):
     with pytest.raises(InvalidRequestError, match="^thinking_token_budget must be None or -1"):
         factory.make("a", SamplingParams(thinking_token_budget=5))
+    able = RequestFactory(toy_config(), AsciiTokenizer(), reasoning=Reasoning((60,), (62,)))
+    constraint = able.make("a", SamplingParams(thinking_token_budget=5)).constraint
+    assert constraint == ThinkingBudget(Reasoning((60,), (62,)), 5)
 
 
 def test_processors_are_named_and_have_their_number_of_parameters():
