@@ -133,7 +133,7 @@ class Engine:
         if stream.text is not None and stream.text.stopped_by is not None:
             self._scheduler.finish(committed.request_id)
             reason, stop_reason = "stop", stream.text.stopped_by
-        logprobs = self._logprobs(token)
+        logprobs = None if token.logprob is None else self._logprobs(token)
         if reason is not None:
             last = self._last_delta(stream, [token.token_id], logprobs, reason, stop_reason, text=text)
             last.made_s = made_s

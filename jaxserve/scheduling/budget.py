@@ -36,7 +36,9 @@ class Budget:
         if wanted > self._longest_chunk:
             wanted = self._longest_chunk
             self.was_capped = True
-        take = min(wanted, self.tokens - num_left)
+        take = self.tokens - num_left
+        if take > wanted:
+            take = wanted
         if take == 1:
             items = sequence.num_computed // self._split_size + 1
             if items > self.decode_items:

@@ -56,6 +56,7 @@ class Sequence:
     num_prompt_tokens: int = field(init=False)
     min_total_len: int = field(init=False)
     num_logprobs: int = field(init=False)
+    stop_token_ids: frozenset[int] = field(init=False)
     priority: int = field(init=False)
     order: tuple[int, int] = field(init=False)
 
@@ -65,6 +66,7 @@ class Sequence:
         self.num_prompt_tokens = len(request.prompt_token_ids)
         self.min_total_len = self.num_prompt_tokens + request.sampling.min_tokens
         self.num_logprobs = -1 if request.sampling.logprobs is None else request.sampling.logprobs
+        self.stop_token_ids = request.stop_token_ids
         self.priority = request.priority
         self.order = (request.priority, self.arrival)
 
