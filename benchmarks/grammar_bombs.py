@@ -11,8 +11,7 @@ import sys
 import time
 from itertools import pairwise
 
-from jaxserve import AsyncLLM, InvalidRequestError, OverloadedError, SamplingParams
-from jaxserve.structured_outputs import StructuredOutputsParams
+from jaxserve import AsyncLLM, InvalidRequestError, OverloadedError, SamplingParams, StructuredOutputsParams
 
 BOMBS = {
     "a multiple of a large prime": StructuredOutputsParams(json={"type": "integer", "multipleOf": 2147483647}),

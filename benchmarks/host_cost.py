@@ -34,6 +34,7 @@ from jaxserve.testing.tiny_checkpoint import TinyModel, caller_params
 from jaxserve.tokenization.loading import load_tokenizer
 
 PAGE_SIZE = 64
+MAX_NUM_BATCHED_TOKENS = 8192
 PARTS = ("plan", "pack", "read", "commit", "text", "total")
 """plan: the scheduler; pack: the runner's dispatch; read: its wait; commit: the scheduler's; text: all else, so the deltas."""
 
@@ -75,10 +76,10 @@ def stubbed_runner(num_sequences: int, context: int, max_tokens: int) -> tuple[R
     config = EngineConfig(
         max_model_len=max_model_len,
         max_num_seqs=num_sequences,
-        max_num_batched_tokens=8192,
+        max_num_batched_tokens=MAX_NUM_BATCHED_TOKENS,
         page_size=PAGE_SIZE,
         num_pages=num_sequences * -(-max_model_len // PAGE_SIZE),
-        token_buckets=(8192,),
+        token_buckets=(MAX_NUM_BATCHED_TOKENS,),
         sequence_buckets=(num_sequences,),
     )
     built = build(config, source=own_model(**caller_params(shape), tokenizer=tokenizer), show_progress=False)
@@ -141,6 +142,8 @@ def measure(
     if profile is not None:
         profile.disable()
     runner.dispatch, runner.wait = before  # type: ignore[method-assign]
+    if scheduler.num_running < config.max_num_seqs:
+        raise RuntimeError(f"only {scheduler.num_running} of {config.max_num_seqs} sequences were measured")
     return {part: clock.median_us(part) for part in PARTS} | {"mean": statistics.mean(clock.steps["total"]) * 1e6}
 
 
@@ -158,7 +161,9 @@ def main() -> None:
         table.add_column(column, justify="right")
     profile = cProfile.Profile()
     for context in map(int, arguments.contexts.split(",")):
-        runner, config = stubbed_runner(arguments.sequences, context, arguments.steps + 16)
+        # The first sequences decode while the last contexts are still being filled, and must not end before the measurement does.
+        filling = arguments.sequences * context // MAX_NUM_BATCHED_TOKENS * 2
+        runner, config = stubbed_runner(arguments.sequences, context, filling + arguments.steps + 16)
         runs: dict[bool, list[dict[str, float]]] = {True: [], False: []}
         for round_ in range(2 * arguments.rounds):
             is_on = round_ % 2 == 0

@@ -38,7 +38,9 @@ class Budget:
         if wanted > self._longest_chunk:
             wanted = self._longest_chunk
             self.was_capped = True
-        take = min(wanted, self.tokens - num_left)
+        take = self.tokens - num_left
+        if take > wanted:
+            take = wanted
         if sequence.wants_full_scores:
             take = self._take_scores(sequence, take)
         if take == 1:

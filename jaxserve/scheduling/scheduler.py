@@ -205,6 +205,7 @@ class Scheduler:
     def commit(self, result: StepResult) -> list[Committed]:
         """Adds a step's tokens to their sequences and ends those that are done; tokens of ended sequences are dropped."""
         committed = []
+        tokens, nonfinite = result.tokens, result.nonfinite
         for sequence in self._sampling_in.pop(result.step):
             if sequence.is_ended:
                 continue  # the id may even belong to another request by now
@@ -214,14 +215,19 @@ class Scheduler:
                 self.finish(request_id)
                 committed.append(Committed(request_id, None, "stop"))
                 continue
-            token = result.tokens[request_id]
-            if request_id in result.nonfinite:
+            token = tokens[request_id]
+            if request_id in nonfinite:
                 self.holdings.forget_pages(sequence)  # what made the logits so may stand in them
                 self.finish(request_id)
                 committed.append(Committed(request_id, token, "error", is_nonfinite=True))
                 continue
-            sequence.token_ids.append(token.token_id)
-            reason, stop_reason = _finish_reason(sequence, token.token_id)
+            token_id, token_ids = token.token_id, sequence.token_ids
+            token_ids.append(token_id)
+            may_end = token_id in sequence.stop_token_ids or len(token_ids) >= sequence.max_total_len
+            if not may_end and not sequence.detects_repetition:
+                committed.append(Committed(request_id, token))
+                continue
+            reason, stop_reason = _finish_reason(sequence, token_id)
             if reason is not None:
                 self.finish(request_id)
             committed.append(Committed(request_id, token, reason, stop_reason))
@@ -280,7 +286,7 @@ def _decodes_first(takes: dict[Sequence, int]) -> list[tuple[Sequence, int]]:
 
 
 def _finish_reason(sequence: Sequence, token_id: int) -> tuple[str | None, int | None]:
-    """Returns why the token that was just added is the last one, and which stop token of the request's own it is."""
+    """Returns why the token that was just added is the last one, or None, and which stop token of the request's own it is."""
     num_known = len(sequence.token_ids)
     request = sequence.request
     if token_id in request.stop_token_ids and num_known >= sequence.min_total_len:

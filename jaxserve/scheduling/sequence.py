@@ -64,6 +64,8 @@ class Sequence:
     has_constraint: bool = field(init=False)
     reads_hidden: bool = field(init=False)
     wants_full_scores: bool = field(init=False)
+    stop_token_ids: frozenset[int] = field(init=False)
+    detects_repetition: bool = field(init=False)
     priority: int = field(init=False)
     order: tuple[int, int] = field(init=False)
 
@@ -76,6 +78,8 @@ class Sequence:
         self.has_constraint = request.constraint is not None
         self.reads_hidden = request.sampling.prompt_logprobs is not None or request.pooling is not None
         self.wants_full_scores = request.sampling.prompt_logprobs == ALL_LOGPROBS
+        self.stop_token_ids = request.stop_token_ids
+        self.detects_repetition = request.sampling.repetition_detection is not None
         self.priority = request.priority
         self.order = (request.priority, self.arrival)
 

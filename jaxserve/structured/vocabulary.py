@@ -104,9 +104,11 @@ def has_bit(words: np.ndarray, token_id: int) -> bool:
 
 def is_installed() -> bool:
     """Whether `llguidance` can be imported: a bare machine has none."""
-    import importlib.util
-
-    return importlib.util.find_spec("llguidance") is not None
+    try:
+        import llguidance  # noqa: F401
+    except ImportError:
+        return False
+    return True
 
 
 def limits_of(**fields: Any) -> Any:

@@ -87,9 +87,12 @@ def test_the_siblings_are_imported_by_module():
 
 
 def test_examples_and_benchmarks_use_the_public_api():
-    """The names of `jaxserve`, and `jaxserve.checkpoints` for those who write checkpoints from a training script."""
+    """The names of `jaxserve`, and `jaxserve.checkpoints` for those who write checkpoints from a training script.
+
+    Two of the benchmarks look inside: what the host spends in a step, and whether a soaked engine is empty.
+    """
     for path, module, name in _imports("examples", "benchmarks"):
-        if module.partition(".")[0] in ("jaxserve", "serve", "sharding"):
+        if path.name not in ("host_cost.py", "soak.py") and module.partition(".")[0] in ("jaxserve", "serve", "sharding"):
             assert module in ("jaxserve", "jaxserve.checkpoints"), f"{path} imports {module}"
             assert module != "jaxserve" or not name or name in jaxserve.__all__, f"{path} imports {name}"
 
