@@ -63,10 +63,14 @@ def truncate(logits_SV: jax.Array, inputs: SamplingInputs, *, is_deterministic: 
     threshold_S = _largest_threshold(keys_SV, lambda kept: jnp.sum(kept, axis=-1, dtype=jnp.int32) >= top_k_S)
     logits_SV = jnp.where(keys_SV >= threshold_S[:, None], logits_SV, -jnp.inf)
 
-    softmax, sum_rows = (sums.softmax, sums.row_sums) if is_deterministic else (jax.nn.softmax, partial(jnp.sum, axis=-1))
-    probs_SV = softmax(logits_SV)
-    target_S = inputs.top_p_S * sum_rows(probs_SV)
-    threshold_S = _largest_threshold(keys_SV, lambda kept: sum_rows(jnp.where(kept, probs_SV, 0.0)) >= target_S)
+    if is_deterministic:
+        _, weights_SV = sums.exp_below_max(logits_SV)
+        total_S, sum_rows = sums.row_sums_in_a_loop(weights_SV), sums.row_sums
+    else:
+        weights_SV, sum_rows = jax.nn.softmax(logits_SV, axis=-1), partial(jnp.sum, axis=-1)
+        total_S = sum_rows(weights_SV)
+    target_S = inputs.top_p_S * total_S
+    threshold_S = _largest_threshold(keys_SV, lambda kept: sum_rows(jnp.where(kept, weights_SV, 0.0)) >= target_S)
     keep = (keys_SV >= threshold_S[:, None]) | (inputs.top_p_S >= 1.0)[:, None]
     return jnp.where(keep, logits_SV, -jnp.inf)
 

@@ -23,9 +23,9 @@ def test_each_device_gets_its_own_heads_and_their_biases(num_kv_heads, size):
         leaves[f"{attention}/v_proj/{leaf}"][...] = np.repeat(np.arange(num_kv_heads) + 200, 4)
     leaves[f"{attention}/o_proj/kernel"][:] = np.repeat(np.arange(8), 4)[:, None]
     layer = model._module(model.served_layout({path: jnp.asarray(leaf) for path, leaf in leaves.items()})).layers[0]
-    qkv = np.asarray(layer.qkv.get_value())[0].reshape(size, -1, 4)[:, :, 0]
-    np.testing.assert_array_equal(np.asarray(layer.qkv_bias.get_value()), np.asarray(layer.qkv.get_value())[0])
-    o = np.asarray(layer.o.get_value())[:, 0].reshape(size, -1, 4)[:, :, 0]
+    qkv = np.asarray(layer.qkv.get_value())[:, 0].reshape(size, -1, 4)[:, :, 0]
+    np.testing.assert_array_equal(np.asarray(layer.qkv_bias.get_value()), np.asarray(layer.qkv.get_value())[:, 0])
+    o = np.asarray(layer.o.get_value())[0].reshape(size, -1, 4)[:, :, 0]
     num_q, num_kv = 8 // size, max(1, num_kv_heads // size)
     seen = []
     for device in range(size):
@@ -48,4 +48,4 @@ def test_gate_and_up_lie_side_by_side_on_each_device():
     layer = model._module(model.served_layout({path: jnp.asarray(leaf) for path, leaf in leaves.items()})).layers[0]
     expected = [0, 1, 2, 3, 100, 101, 102, 103, 4, 5, 6, 7, 104, 105, 106, 107]
     np.testing.assert_array_equal(np.asarray(layer.gate_up_bias.get_value()), expected)
-    np.testing.assert_array_equal(np.asarray(layer.gate_up.get_value())[0], expected)
+    np.testing.assert_array_equal(np.asarray(layer.gate_up.get_value())[:, 0], expected)

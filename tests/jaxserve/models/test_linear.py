@@ -1,4 +1,4 @@
-"""A row of a deterministic product, sum or softmax on a CPU has the same bits however many rows there are."""
+"""A row of a deterministic product, sum or log_softmax on a CPU has the same bits however many rows there are."""
 
 import functools
 
@@ -11,7 +11,8 @@ from jaxserve.models.linear import DETERMINISTIC_COMPILER_OPTIONS, LinearContext
 
 ROWS = (1, 2, 3, 8, 12, 17, 32, 33, 64, 160)
 # (inner, outer): each kind of `rows_per_product`, at its limits, and sizes that fill no vector
-SHAPES = [(64, 128), (77, 33), (512, 96), (513, 40), (768, 130), (1025, 64), (2048, 64), (2100, 96), (4096, 32)]
+SHAPES = [(77, 33), (512, 96), (768, 130), (2100, 96)]
+MORE_SHAPES = [(64, 128), (513, 40), (1024, 256), (1025, 64), (2048, 64), (4096, 32), (768, 4096)]
 RELATIVE_TO_FLOAT64 = 3e-6
 """Of the largest sum: 4,096 products of float32, rounded one after the other, stay far below."""
 
@@ -22,7 +23,8 @@ def values(*shape, seed=0):
 
 def run(function, *arguments, is_deterministic=True):
     options = DETERMINISTIC_COMPILER_OPTIONS["cpu"] if is_deterministic else None
-    return np.asarray(jax.jit(function).lower(*arguments).compile(compiler_options=options)(*arguments))
+    fresh = jax.jit(lambda *given: function(*given))  # a function that jax knows would not be traced again
+    return np.asarray(fresh.lower(*arguments).compile(compiler_options=options)(*arguments))
 
 
 def row_counts_that_differ(function, x, *others):
@@ -32,7 +34,9 @@ def row_counts_that_differ(function, x, *others):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("inner", "outer"), SHAPES)
+@pytest.mark.parametrize(
+    ("inner", "outer"), SHAPES + [pytest.param(*shape, marks=pytest.mark.slow) for shape in MORE_SHAPES]
+)
 def test_products(inner, outer, dtype):
     x, weight = values(ROWS[-1], inner).astype(dtype), values(outer, inner, seed=1).astype(dtype)
     multiply = functools.partial(linear_f32, ctx=LinearContext("cpu", is_deterministic=True))
@@ -66,15 +70,14 @@ def test_tiles_are_of_whole_vectors_and_fit():
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("width", [18, 192, 320, 777, 5000])
+@pytest.mark.parametrize("width", [192, 777, *(pytest.param(width, marks=pytest.mark.slow) for width in (18, 320, 32000))])
 @pytest.mark.parametrize(
     ("ours", "numpys"),
     [
         (lambda x: sums.row_sums(x * x)[:, None], lambda x: (x * x).sum(axis=-1, keepdims=True)),
-        (sums.softmax, lambda x: np.exp(x) / np.exp(x).sum(axis=-1, keepdims=True)),
         (sums.log_softmax, lambda x: x - np.log(np.exp(x).sum(axis=-1, keepdims=True))),
     ],
-    ids=["squares", "softmax", "log_softmax"],
+    ids=["squares", "log_softmax"],
 )
 def test_sums(ours, numpys, width):
     x = 3 * values(64, width)
