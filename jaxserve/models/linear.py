@@ -83,9 +83,11 @@ def _tiled(x_TD: jax.Array, weight_FD: jax.Array) -> jax.Array:
     """Returns the product in tiles of so many rows that each sum is one chain, or always the same blocks of it."""
     T, D = x_TD.shape
     rows = rows_per_product(D)
-    if rows is None or rows >= T:
-        is_same_for_all = rows is None or D * rows <= CHAIN_ELEMENTS
-        return _swapped(x_TD if is_same_for_all else _pad_rows(x_TD, rows), weight_FD)[:T]
+    if rows is None:
+        return _swapped(x_TD, weight_FD)
+    if T <= rows:
+        is_one_chain = D * rows <= CHAIN_ELEMENTS
+        return _swapped(x_TD if is_one_chain else _pad_rows(x_TD, rows), weight_FD)
     tiles_IUD = jnp.pad(x_TD, ((0, -T % rows), (0, 0))).reshape(-1, rows, D)
     # Transposed once, after the loop: inside, it cost a fifth of the time.
     sums_IFU = lax.optimization_barrier(lax.map(lambda tile_UD: _product(weight_FD, tile_UD), tiles_IUD))

@@ -113,8 +113,8 @@ def test_the_served_layout_divides(name, size):
     head_dim = config.get("head_dim", hidden // heads)
     num_layers = config["num_hidden_layers"]
     qkv_width = (heads // size + 2 * max(1, kv_heads // size)) * head_dim
-    per_layer = [(hidden, qkv_width), (heads * head_dim // size, hidden)]
-    per_layer += [(hidden, 2 * intermediate // size), (intermediate // size, hidden)]
+    per_layer = [(qkv_width, hidden), (hidden, heads * head_dim // size)]
+    per_layer += [(2 * intermediate // size, hidden), (hidden, intermediate // size)]
     for shape in per_layer:
         assert local.count(shape) >= num_layers, shape
     if config["architectures"] == ["Qwen2ForCausalLM"]:
