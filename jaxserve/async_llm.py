@@ -152,6 +152,8 @@ class AsyncLLM:
 
     async def abort(self, request_id: str | Iterable[str]) -> None:
         """Ends requests: their streams get a last output with finish_reason "abort". Unknown ids are ignored."""
+        if not isinstance(request_id, Iterable):
+            raise InvalidRequestError("request_id", request_id, "a request's id, or several")
         ids = [request_id] if isinstance(request_id, str) else list(request_id)
         for holder in (self._holders[i] for i in ids if i in self._holders):
             holder.abort()

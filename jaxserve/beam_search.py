@@ -5,7 +5,6 @@ Parameters and results are vLLM's; which beams win is as in `transformers` with 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from math import isfinite
 from numbers import Real
 
 from tqdm import tqdm
@@ -16,6 +15,10 @@ from jaxserve.request import SamplingParams, whole_number
 
 NextTokens = Callable[[list[tuple[int, ...]]], list[TokenLogprobs]]
 """From contexts to the most likely tokens after each."""
+
+
+MAX_LENGTH_PENALTY = 20
+"""Beyond it a long sequence's divisor is no float any more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,8 +48,10 @@ class BeamSearchParams:
         if not isinstance(self.ignore_eos, bool):
             raise InvalidRequestError("ignore_eos", self.ignore_eos, "True or False")
         penalty = self.length_penalty
-        if not isinstance(penalty, Real) or isinstance(penalty, bool) or not isfinite(penalty):
-            raise InvalidRequestError("length_penalty", penalty, "a finite number")
+        if not isinstance(penalty, Real) or isinstance(penalty, bool) or not abs(penalty) <= MAX_LENGTH_PENALTY:
+            raise InvalidRequestError(
+                "length_penalty", penalty, f"a number in [-{MAX_LENGTH_PENALTY}, {MAX_LENGTH_PENALTY}]"
+            )
 
     def num_candidates(self, num_eos_tokens: int) -> int:
         """Most likely tokens to look at after each beam: even if every end is among them, each beam can go on."""

@@ -284,6 +284,10 @@ class Engine:
 
 def _without_logits(request: Request) -> JaxserveError:
     """Why there was no token to sample."""
+    if request.sampling.extra_args:
+        return JaxserveError(f"A logits processor of request {request.request_id}, or the model, left no finite logits.")
     if request.constraint is not None:
-        return ConstraintError("no token is left: what the grammar demands next, another field of the request forbids.")
+        fields = ("structured_outputs", "thinking_token_budget", "bad_words")
+        asked = next(name for name in (*fields, "constraint") if getattr(request.sampling, name, True))
+        return ConstraintError("no token is left: what it demands next, another field of the request forbids.", asked)
     return JaxserveError(f"The model gave no finite logits for request {request.request_id}.")

@@ -167,6 +167,8 @@ class LLM:
         Raises:
             InvalidRequestError: as in `generate`, or more beams than max_logprobs allows.
         """
+        if not isinstance(params, BeamSearchParams):
+            raise InvalidRequestError("params", params, "a BeamSearchParams")
         eos_token_ids = self._engine.requests.eos_token_ids
         sampling = params.step_sampling(len(eos_token_ids), self.config.max_logprobs)
 

@@ -55,6 +55,8 @@ def tokenization_options(given: Mapping[str, Any]) -> tuple[bool, int | None]:
     Raises:
         InvalidRequestError: names the key.
     """
+    if not isinstance(given, Mapping):
+        raise InvalidRequestError("tokenization_kwargs", given, "a mapping")
     for name, value in given.items():
         if name not in ("add_special_tokens", "truncate_prompt_tokens"):
             allowed = "absent: add_special_tokens and truncate_prompt_tokens are known"

@@ -137,7 +137,7 @@ class SamplingParams:
         structured_outputs: a grammar that the output follows.
         logit_bias: {token id: number added to its logit}, clamped to [-100, 100].
         allowed_token_ids: no others are sampled.
-        bad_words: texts that the output never holds.
+        bad_words: words whose usual spelling as tokens, at the start of a text and after a space, never comes.
         extra_args: parameters of logits processors by name: {"name": [numbers]}.
         skip_reading_prefix_cache: compute the whole prompt; None decides by prompt_logprobs, which need it.
         repetition_detection: ends an output that repeats itself.
@@ -191,7 +191,7 @@ class SamplingParams:
         low = ulp(0.0)
         put(
             "repetition_penalty",
-            _number("repetition_penalty", self.repetition_penalty, low, 1e6, "greater than zero, at most 1e6"),
+            _number("repetition_penalty", self.repetition_penalty, 1e-6, 1e6, "greater than zero, in [1e-6, 1e6]"),
         )
         put("temperature", _number("temperature", self.temperature, 0.0, 100.0, "a finite number in [0, 100]"))
         put("top_p", _number("top_p", self.top_p, low, 1.0, "in (0, 1]"))

@@ -123,7 +123,7 @@ class RequestFactory:
         eos = self._eos_token_ids
         stops = frozenset(sampling.stop_token_ids or ())
         stops = stops if sampling.ignore_eos else stops | eos
-        check_can_go_on(sampling, stops)
+        check_can_go_on(sampling, stops, self._config.vocab_size)
         return Request(
             request_id=request_id or uuid.uuid4().hex,
             prompt_token_ids=token_ids,
@@ -172,6 +172,13 @@ class RequestFactory:
 
     def _constraint(self, sampling: SamplingParams) -> CompiledConstraint | None:
         constraints = []
+        if sampling.structured_outputs is not None and sampling.thinking_token_budget is not None:
+            raise InvalidRequestError(
+                "thinking_token_budget",
+                sampling.thinking_token_budget,
+                "None or -1 beside structured_outputs",
+                "The form begins with the first token.",
+            )
         if sampling.structured_outputs is not None:
             if self._compiler is None:
                 raise InvalidRequestError(

@@ -38,7 +38,7 @@ def check_sampling(sampling: SamplingParams, config: ResolvedConfig, *, has_toke
         )
 
 
-def check_can_go_on(sampling: SamplingParams, stop_token_ids: frozenset[int]) -> None:
+def check_can_go_on(sampling: SamplingParams, stop_token_ids: frozenset[int], vocab_size: int) -> None:
     """Raises InvalidRequestError where min_tokens forbids every token that is allowed."""
     allowed = sampling.allowed_token_ids
     if sampling.min_tokens and allowed is not None and stop_token_ids.issuperset(allowed):
@@ -47,6 +47,10 @@ def check_can_go_on(sampling: SamplingParams, stop_token_ids: frozenset[int]) ->
             allowed,
             "with a token that does not end the completion, as min_tokens is not 0",
             "Set ignore_eos or min_tokens=0.",
+        )
+    if sampling.min_tokens and len(stop_token_ids) >= vocab_size:
+        raise InvalidRequestError(
+            "stop_token_ids", f"{len(stop_token_ids)} token ids", "fewer than the vocabulary has, as min_tokens is not 0"
         )
 
 

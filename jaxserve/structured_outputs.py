@@ -5,6 +5,7 @@ Plain data, with vLLM's names, defaults and conditions. Whether a schema or a gr
 """
 
 import json as json_text
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +15,9 @@ from jaxserve.errors import InvalidRequestError
 
 KINDS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
 """Fields of which exactly one is given."""
+
+_REPEATS = re.compile(r"\{\d*,?\d*\}")
+_WHITE_SPACE = re.compile(r"(?:[ \t\n\r]|\\[tnr ]|[][(){}|?*+])*")
 
 PREFIX = "structured_outputs"
 
@@ -66,6 +70,13 @@ class StructuredOutputsParams:
             _check_text(name, getattr(self, name))
         if self.whitespace_pattern is not None:
             _check_text("whitespace_pattern", self.whitespace_pattern)
+            if not _WHITE_SPACE.fullmatch(_REPEATS.sub("", self.whitespace_pattern)):
+                raise InvalidRequestError(
+                    f"{PREFIX}.whitespace_pattern",
+                    self.whitespace_pattern,
+                    "an expression of JSON's white space: space, \\t, \\n, \\r, in classes, groups and repetitions",
+                    "In place of \\s write [ \\t\\n\\r].",
+                )
         for name in ("disable_any_whitespace", "disable_additional_properties"):
             if not isinstance(getattr(self, name), bool):
                 raise InvalidRequestError(f"{PREFIX}.{name}", getattr(self, name), "True or False")
@@ -103,7 +114,8 @@ def _choices(choice: Any) -> tuple[str, ...]:
 def _check_text(name: str, text: Any) -> None:
     if text is None:
         return
-    if not isinstance(text, str) or not text.strip():
+    may_be_blank = name in ("regex", "whitespace_pattern")
+    if not isinstance(text, str) or not (text if may_be_blank else text.strip()):
         raise InvalidRequestError(f"{PREFIX}.{name}", text, "a string that is not empty")
     _check_unicode(name, text)
 

@@ -21,7 +21,7 @@ LATENCY_BUCKETS_S = (
 TOKEN_BUCKETS_S = (0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 5.0, 20.0)
 """Between two tokens [s]."""
 
-FINISH_REASONS = ("stop", "length", "abort", "error")
+FINISH_REASONS = ("stop", "length", "repetition", "abort", "error")
 
 
 class ServiceMetrics:
@@ -86,7 +86,7 @@ class ServiceMetrics:
             timings: the engine's, where it delivered the last token.
         """
         self._finished[finish_reason].inc()
-        if finish_reason not in ("stop", "length") or timings is None or timings.finished is None:
+        if finish_reason in ("abort", "error") or timings is None or timings.finished is None:
             return
         self._end_to_end.observe(timings.finished - arrived_s)
         if timings.scheduled is not None and timings.arrived is not None:

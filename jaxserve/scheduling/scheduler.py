@@ -289,7 +289,8 @@ def _finish_reason(sequence: Sequence, token_id: int) -> tuple[str | None, int |
     """Returns why the token that was just added is the last one, or None, and which stop token of the request's own it is."""
     num_known = len(sequence.token_ids)
     request = sequence.request
-    if token_id in request.stop_token_ids and num_known >= sequence.min_total_len:
+    # Before min_tokens a stop token comes only where a form is complete and nothing else may follow.
+    if token_id in request.stop_token_ids and (num_known >= sequence.min_total_len or sequence.has_constraint):
         is_eos = token_id in request.eos_token_ids and not request.sampling.ignore_eos
         return "stop", None if is_eos else token_id
     if num_known >= sequence.max_total_len:

@@ -209,7 +209,8 @@ class FakeRunner:
             forbidden = set(s.forbidden)
             if s.request_id in allowed:
                 words = allowed[s.request_id]
-                forbidden |= {i for i in range(self._config.vocab_size) if not words[i // 32] >> (i % 32) & 1}
+                others = {i for i in range(self._config.vocab_size) if not words[i // 32] >> (i % 32) & 1}
+                forbidden = others | forbidden if len(others | forbidden) < self._config.vocab_size else others
             tokens[s.request_id] = sampled = self._head(context, s, forbidden)
             self._last_token[s.row] = sampled.token_id
         broken = frozenset(self.nonfinite & tokens.keys())

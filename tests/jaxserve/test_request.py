@@ -67,7 +67,7 @@ def cases(names, values, but=()):
     [
         *cases("temperature top_p min_p repetition_penalty", [*NOT_A_NUMBER, -1e-9, -1, 10**400]),
         *cases("presence_penalty frequency_penalty", [*NOT_A_NUMBER, -2.0001, 2.0001]),
-        *cases("repetition_penalty", [0, 0.0, -0.0]),
+        *cases("repetition_penalty", [0, 0.0, -0.0, 5e-324, 1e-40]),
         *cases("temperature", [100.0001, sys.float_info.max]),
         *cases("top_p", [0, 0.0, -0.0, 1.0000001, 2]),
         *cases("min_p", [1.0000001, 2]),
@@ -115,7 +115,7 @@ def test_a_bad_value_names_its_field(name, value):
         *cases("truncate_prompt_tokens", [None, -1, 1]),
         *cases("n", [1, 2, 2**14]),
         *cases("presence_penalty frequency_penalty", [-2, 0, 2]),
-        *cases("repetition_penalty", [5e-324, 1, 2]),
+        *cases("repetition_penalty", [1e-6, 1, 2]),
         *cases("logprobs_mode", [None, "raw", "processed"]),
         *cases("skip_reading_prefix_cache", [None, True, False]),
         *cases("output_kind", list(RequestOutputKind)),

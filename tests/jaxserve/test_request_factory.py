@@ -147,6 +147,11 @@ def test_a_budget_of_thinking_needs_an_engine_that_knows_thinking(factory):
     able = RequestFactory(toy_config(), AsciiTokenizer(), reasoning=Reasoning((60,), (62,)))
     constraint = able.make("a", SamplingParams(thinking_token_budget=5)).constraint
     assert constraint == ThinkingBudget(Reasoning((60,), (62,)), 5)
+    both = SamplingParams(thinking_token_budget=5, structured_outputs=StructuredOutputsParams(choice=["a"]))
+    with pytest.raises(InvalidRequestError, match="^thinking_token_budget must be None or -1 beside structured_outputs"):
+        able.make("a", both)
+    with pytest.raises(InvalidRequestError, match="^stop_token_ids must be fewer than the vocabulary has"):
+        able.make("a", SamplingParams(min_tokens=1, stop_token_ids=range(128)))
 
 
 def test_processors_are_named_and_have_their_number_of_parameters():

@@ -57,7 +57,8 @@ def test_two_kinds_are_too_many(kind):
     ("name", "value"),
     [
         *[("json", value) for value in (5, ["a"], True, "", " ", {"a": object()}, {"a": float("nan")}, "\ud800")],
-        *[(name, value) for name in ("regex", "grammar", "structural_tag") for value in ("", " ", 5, b"a", ["a"], "\udfff")],
+        *[(name, value) for name in ("regex", "grammar", "structural_tag") for value in ("", 5, b"a", ["a"], "\udfff")],
+        *[(name, " ") for name in ("grammar", "structural_tag")],
         *[("choice", value) for value in ([], "ab", 5, [5], ["a", None], {"a": 1}, ["\ud800"])],
         *[("json_object", value) for value in (1, 0, "true")],
     ],
@@ -77,12 +78,17 @@ def test_a_bad_value_names_its_field(name, value):
             for name in ("disable_any_whitespace", "disable_additional_properties")
             for value in (None, 1, "true")
         ],
-        *[("whitespace_pattern", value) for value in ("", 5)],
+        *[("whitespace_pattern", value) for value in ("", 5, "[a]{2}", r"\s*", "3", "( |x)")],
     ],
 )
 def test_a_bad_option_names_its_field(name, value):
     with pytest.raises(InvalidRequestError, match=f"^structured_outputs.{name} must be "):
         StructuredOutputsParams(json_object=True, **{name: value})
+
+
+@pytest.mark.parametrize("pattern", [" ", " ?", r"[ \n\t]{0,12}", r"( |\r\n)*", "[ \n]"])
+def test_white_space_of_json(pattern):
+    assert StructuredOutputsParams(json_object=True, whitespace_pattern=pattern).whitespace_pattern == pattern
 
 
 def test_a_schema_is_kept_as_text_and_a_choice_as_a_tuple():

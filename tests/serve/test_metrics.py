@@ -45,6 +45,7 @@ def test_times_are_the_requests_own(rendered):
     metrics.observe_first_token(0.0015)
     metrics.observe_inter_token(0.0008)
     metrics.observe_end("stop", 10.0, RequestTimings(arrived=10.5, scheduled=11.75, first_token=12.0, finished=13.0))
+    metrics.observe_end("repetition", 10.0, None)
     metrics.observe_end("abort", 10.0, RequestTimings(arrived=10.5, finished=99.0))
     found = rendered(metrics)
     for name, seconds in (

@@ -1,5 +1,8 @@
 """The scheduler, decision by decision. Each plan is run by `FakeRunner`, which refuses one that does not fit its bucket."""
 
+import dataclasses
+
+import numpy as np
 import pytest
 
 from jaxserve.errors import IntegrityError
@@ -580,3 +583,15 @@ def test_an_output_that_repeats_itself_ends():
         steps.run()
         assert len(steps.tokens["a"]) == length
         assert steps.ends["a"] == ("repetition", None)
+
+
+def test_a_form_that_is_complete_ends_before_min_tokens():
+    """Where a constraint leaves nothing but a stop token, it is sampled however early, and it is the end."""
+    steps = Steps(next_token=lambda context: 7)
+    request = dataclasses.replace(toy_request("a", max_tokens=9, min_tokens=5, stop_token_ids=[7]), constraint=object())
+    steps.tokens["a"] = []
+    steps.scheduler.add(request)
+    handle = steps.runner.dispatch(steps.scheduler.plan())
+    steps.runner.sample(handle, {"a": np.array([1 << 7, 0, 0, 0], np.uint32)})
+    (committed,) = steps.scheduler.commit(steps.runner.wait(handle))
+    assert (committed.token.token_id, committed.finish_reason) == (7, "stop")
