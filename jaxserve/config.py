@@ -51,7 +51,8 @@ class EngineConfig:
         logprobs_mode: "raw" or "processed": what log-probabilities mean where a request does not say.
         generation_config: where the sampling defaults come from: "auto" (the model's generation_config.json), "vllm" (none), or
             a directory with such a file.
-        reasoning_start, reasoning_end: texts between which the model thinks, for `thinking_token_budget`; both or none.
+        reasoning_start: text with which the model begins to think, for `thinking_token_budget`; together with reasoning_end.
+        reasoning_end: text with which it ends that.
         attention_backend: "auto", or the name of one implementation of paged attention.
         enable_prefix_caching: keep pages that nobody holds, until their room is needed, for prompts that begin alike.
         deterministic: the same request gives the same bits, whatever runs beside it, however it is cut into steps and whatever
@@ -93,15 +94,7 @@ class EngineConfig:
     revision: str | None = None
 
     def __post_init__(self) -> None:
-        for name in (
-            "model",
-            "tokenizer",
-            "compilation_cache_dir",
-            "revision",
-            "generation_config",
-            "reasoning_start",
-            "reasoning_end",
-        ):
+        for name in _TEXTS:
             value = getattr(self, name)
             if isinstance(value, PathLike):
                 object.__setattr__(self, name, fspath(value))
