@@ -9,27 +9,29 @@ import asyncio
 import statistics
 import sys
 import time
-from itertools import pairwise
+from itertools import count, pairwise
 
-from jaxserve import AsyncLLM, InvalidRequestError, OverloadedError, SamplingParams, StructuredOutputsParams
+from jaxserve import AsyncLLM, ConstraintError, InvalidRequestError, OverloadedError, SamplingParams, StructuredOutputsParams
 
-BOMBS = {
-    "a multiple of a large prime": StructuredOutputsParams(json={"type": "integer", "multipleOf": 2147483647}),
-    "nested alternatives": StructuredOutputsParams(
-        json={
-            "$defs": {"a": {"oneOf": [{"$ref": "#/$defs/a"}, {"type": "array", "items": {"$ref": "#/$defs/a"}}] * 40}},
-            "$ref": "#/$defs/a",
-        }
-    ),
-    "huge repetitions": StructuredOutputsParams(regex="((((a{1,100}){1,100}){1,100}){1,100}){1,100}"),
-    "exponential states": StructuredOutputsParams(regex="(.*a.{40}b.*|.*c.{60}d.*|.*e.{80}f.*)"),
-    "many properties": StructuredOutputsParams(
-        json={
-            "type": "object",
-            "properties": {f"p{i}": {"type": "object", "patternProperties": {f"^{i}.*x{{50}}": {}}} for i in range(2000)},
-        }
-    ),
-}
+
+def _one_of(depth: int, salt: int) -> dict[str, object]:
+    schema: dict[str, object] = {"type": "object", "properties": {f"a{salt}": {"type": "string"}}}
+    for n in range(depth):
+        other = {"type": "object", "properties": {f"p{n}": schema}, "required": [f"p{n}"]}
+        schema = {"oneOf": [schema, other]}
+    return schema
+
+
+def bombs(salt: int) -> dict[str, StructuredOutputsParams]:
+    """Returns grammars that nobody has sent before: what was refused once is remembered."""
+    words = " & ".join(f"/(?s:.*)w{salt}x{n}(?s:.*)/" for n in range(20))
+    states = f"(.*a.{{40}}b{salt}.*|.*c.{{60}}d.*|.*e.{{80}}f.*)"
+    return {
+        "a multiple of a large prime": StructuredOutputsParams(json={"type": "integer", "multipleOf": 2147483647 - salt}),
+        "oneOf in oneOf": StructuredOutputsParams(json=_one_of(9, salt)),
+        "intersections": StructuredOutputsParams(grammar=f"start: A\nA: {words}"),
+        "exponential states": StructuredOutputsParams(regex=states),
+    }
 
 
 async def gaps(llm: AsyncLLM, num_tokens: int) -> list[float]:
@@ -47,7 +49,7 @@ async def throw(llm: AsyncLLM, spec: StructuredOutputsParams) -> tuple[float, st
     try:
         async for _ in llm.generate("x", SamplingParams(max_tokens=4, structured_outputs=spec)):
             pass
-    except (InvalidRequestError, OverloadedError) as error:
+    except (ConstraintError, InvalidRequestError, OverloadedError) as error:
         return time.perf_counter() - started, f"refused: {str(error)[:70]}"
     return time.perf_counter() - started, "served"
 
@@ -69,8 +71,10 @@ async def main(num_tokens: int, rounds: int) -> None:
         for _ in range(rounds):
             alone += await gaps(llm, num_tokens)
             stream = asyncio.create_task(gaps(llm, num_tokens))
-            while not stream.done():
-                for name, spec in BOMBS.items():
+            for salt in count(1):
+                if stream.done():
+                    break
+                for name, spec in bombs(salt).items():
                     seconds, end = await throw(llm, spec)
                     sys.stdout.write(f"{name:30} {seconds:5.2f} s  {end}\n")
                     if stream.done():
