@@ -54,7 +54,7 @@ def _largest_threshold(keys_SV: jax.Array, keeps_enough: Callable[[jax.Array], j
 def truncate(logits_SV: jax.Array, inputs: SamplingInputs, *, is_deterministic: bool = False) -> jax.Array:
     """Returns the logits, already divided by temperature, with what min-p, top-k and top-p drop at -inf."""
     best_S = jnp.max(logits_SV, axis=-1)
-    floor_S = best_S + jnp.log(jnp.maximum(inputs.min_p_S, jnp.finfo(jnp.float32).tiny))
+    floor_S = best_S + sums.in_vectors(jnp.log, jnp.maximum(inputs.min_p_S, jnp.finfo(jnp.float32).tiny))
     floor_S = jnp.where(inputs.min_p_S > 0, floor_S, -jnp.inf)
     logits_SV = jnp.where(logits_SV >= floor_S[:, None], logits_SV, -jnp.inf)
 
