@@ -288,6 +288,7 @@ def _without_logits(request: Request) -> JaxserveError:
         return JaxserveError(f"A logits processor of request {request.request_id}, or the model, left no finite logits.")
     if request.constraint is not None:
         fields = ("structured_outputs", "thinking_token_budget", "bad_words")
-        asked = next(name for name in (*fields, "constraint") if getattr(request.sampling, name, True))
-        return ConstraintError("no token is left: what it demands next, another field of the request forbids.", asked)
+        asked = [name for name in fields if getattr(request.sampling, name) not in (None, ())]
+        message = "no token is left: what it demands next, another field of the request forbids."
+        return ConstraintError(message, " and ".join(asked) or "constraint")
     return JaxserveError(f"The model gave no finite logits for request {request.request_id}.")

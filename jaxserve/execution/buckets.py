@@ -12,7 +12,7 @@ MAX_SCORED_BYTES = 64 << 20
 MAX_SCORED_ROWS = 128
 
 MAX_FULL_ROWS = 4
-"""Rows of the head that gives the whole vocabulary's log-probabilities."""
+"""Rows of the head that gives the whole vocabulary's log-probabilities, if the ladder has one as small."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -52,8 +52,9 @@ class Ladder:
 
     @property
     def full_head(self) -> int:
-        """Rows of the head that gives the whole vocabulary's log-probabilities."""
-        return min(self.config.max_num_seqs, MAX_FULL_ROWS)
+        """Rows of the head that gives the whole vocabulary's log-probabilities too."""
+        sizes = self.config.sequence_buckets
+        return max((size for size in sizes if size <= MAX_FULL_ROWS), default=sizes[0])
 
     @property
     def num_scored(self) -> int:

@@ -34,22 +34,26 @@ A set is reused only after its step was waited for.
 """
 
 
+Buffer = tuple[np.ndarray, dict[str, np.ndarray]]
+"""Of one call of a program, and views of its parts."""
+
+
 class Program:
     """One compiled program and its ring of input buffers."""
 
     def __init__(self, compiled: Any, layout: PackedLayout):
         self.run = compiled
         self._layout = layout
-        self._ring: deque[tuple[np.ndarray, dict[str, np.ndarray]]] = deque()
+        self._ring: deque[Buffer] = deque()
         for _ in range(HOST_BUFFERS):
             self._ring.append(self.fresh_buffer())
 
-    def fresh_buffer(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    def fresh_buffer(self) -> Buffer:
         """Returns a buffer that nobody else uses: for a program that may run several times a step."""
         buffer = np.zeros(self._layout.size, np.int32)
         return buffer, self._layout.host_views(buffer)
 
-    def next_buffer(self) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    def next_buffer(self) -> Buffer:
         """Returns the buffer, and views of its parts, that was handed out longest ago: for a program that runs once a step."""
         self._ring.rotate(1)
         return self._ring[0]
@@ -144,7 +148,7 @@ class ProgramFactory:
         )
         return Program(compiled, layout)
 
-    def head(self, num_sequences: int, *, has_all: bool = False) -> Program:
+    def head(self, num_sequences: int) -> Program:
         config = self._config
         num_params = dict(config.logits_processors)
         layout = head_layout(num_sequences, num_params)
@@ -154,7 +158,7 @@ class ProgramFactory:
             ctx=self._ctx,
             max_logprobs=config.max_logprobs,
             processors=self._processors,
-            has_all=has_all,
+            has_all=num_sequences == self._ladder.full_head,
         )
 
         def program(params: Any, state: step.HeadState, hidden: Any, allowed: Any, buffer: Any) -> Any:

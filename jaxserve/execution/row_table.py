@@ -151,11 +151,10 @@ class RowTable:
                 words[index] &= self._allowed_RW[s.row]
             if s.request_id in constrained:
                 words[index] &= constrained[s.request_id]
-            forbidden = words[index].copy()
-            for token_id in s.forbidden:
-                forbidden[token_id // 32] &= ~np.uint32(1 << (token_id % 32))
-            if s.request_id not in constrained or forbidden.any():  # min_tokens yields to a form that is complete
-                words[index] = forbidden
+            if s.forbidden:
+                rest = words[index] & ~_words(s.forbidden, self._vocab_size)
+                if s.request_id not in constrained or rest.any():  # min_tokens yields to a form that is complete
+                    words[index] = rest
         return words, masked
 
 

@@ -5,28 +5,24 @@ in flight when the next is dispatched (100 un-awaited chained steps hung in the 
 flight never did).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from jaxserve.config import ResolvedConfig
 from jaxserve.execution.batch import pack_backbone
 from jaxserve.execution.buckets import BackboneBucket, Ladder
-from jaxserve.execution.logits import LogitsProcessor
-from jaxserve.execution.program_cache import ProgramCache
-from jaxserve.execution.programs import Program, ProgramFactory
+from jaxserve.execution.programs import Buffer, Program, ProgramFactory
 from jaxserve.execution.results import read_scores, sampled_tokens
 from jaxserve.execution.row_table import RowTable, admission_parts
 from jaxserve.execution.sampling import Sampled
 from jaxserve.execution.scores import Scores
 from jaxserve.execution.state import DeviceState, make_state
-from jaxserve.models.attention import AttentionContext
-from jaxserve.models.model import Model, ModelContext
 from jaxserve.outputs import TokenScores
 from jaxserve.plan import PromptScores, SampledToken, SequencePlan, StepPlan, StepResult
 from jaxserve.request import ALL_LOGPROBS
@@ -58,28 +54,23 @@ class StepHandle:
 
 
 class Runner:
-    """See the module docstring. Not thread-safe: one thread owns it."""
+    """See the module docstring. Not thread-safe: one thread owns it.
 
-    def __init__(
-        self,
-        model: Model,
-        params: Any,
-        config: ResolvedConfig,
-        mesh: Mesh,
-        ctx: ModelContext,
-        attention: AttentionContext,
-        processors: Sequence[LogitsProcessor] = (),
-        cache: ProgramCache | None = None,
-    ):
+    Args:
+        params: in the served layout.
+        programs: of this engine, made for these parameters.
+    """
+
+    def __init__(self, config: ResolvedConfig, params: Any, programs: ProgramFactory):
         self.config = config
         self._params = params
-        self._factory = ProgramFactory(model, params, config, mesh, ctx, attention, processors, cache)
+        self._factory = programs
         self._ladder = Ladder(config)
         self._rows = RowTable(config)
-        self._state = make_state(self._factory.state)
-        self._row_state = make_state(self._factory.row_state)
+        self._state = make_state(programs.state)
+        self._row_state = make_state(programs.row_state)
         self._backbones: dict[BackboneBucket, Program] = {}
-        self._heads: dict[tuple[int, bool], Program] = {}
+        self._heads: dict[int, Program] = {}
         self._allow_all: dict[int, jax.Array] = {}
         self._admit: Program
         self._score: Program
@@ -97,10 +88,9 @@ class Runner:
             num_threads: compilations at a time; XLA releases the GIL.
         """
         factory, ladder = self._factory, self._ladder
-        heads = [(size, False) for size in ladder.heads()] + [(ladder.full_head, True)]
         jobs: list[Callable[[], Program]] = [factory.admit, factory.pool]
         jobs += [lambda bucket=bucket: factory.backbone(bucket) for bucket in ladder.backbones()]
-        jobs += [lambda size=size, has_all=has_all: factory.head(size, has_all=has_all) for size, has_all in heads]
+        jobs += [lambda size=size: factory.head(size) for size in ladder.heads()]
         jobs += [factory.score]
         progress(0, len(jobs))
         pool = ThreadPoolExecutor(num_threads)
@@ -113,8 +103,8 @@ class Runner:
             pool.shutdown(wait=False, cancel_futures=True)  # after Ctrl-C nothing more is begun
         self._admit, self._pool, *ladder_programs, self._score = programs
         self._backbones = dict(zip(ladder.backbones(), ladder_programs, strict=False))
-        self._heads = dict(zip(heads, ladder_programs[len(self._backbones) :], strict=True))
-        for size in {size for size, _ in heads}:
+        self._heads = dict(zip(ladder.heads(), ladder_programs[len(self._backbones) :], strict=True))
+        for size in self._heads:
             words = np.full((size, -(-self.config.vocab_size // 32)), 0xFFFFFFFF, np.uint32)
             self._allow_all[size] = jax.device_put(words, factory.replicated)
         self._run_each_once()
@@ -127,8 +117,8 @@ class Runner:
             pack_backbone(StepPlan(-1, (), (), ()), bucket, self._ladder, views)
             self._state, hidden, rest = program.run(self._params, self._state, buffer)
             every = every if bucket.is_decode else rest
-        for size, has_all in self._heads:
-            jax.block_until_ready(self._run_head(size, [], hidden, NO_CONSTRAINTS, has_all=has_all))
+        for size, program in self._heads.items():
+            jax.block_until_ready(self._run_head(size, program.next_buffer(), [], hidden, NO_CONSTRAINTS))
         no_row = {"row_1": self.config.max_num_seqs, "prompt_ids_C": self.config.vocab_size}
         self._row_state = self._admit.run(
             self._row_state, self._admit.fill(no_row | {"output_ids_C": self.config.vocab_size})
@@ -177,25 +167,24 @@ class Runner:
         handle.is_sampled = True
         wants_all = [s for s in handle.sampling if s.num_logprobs == ALL_LOGPROBS]
         others = [s for s in handle.sampling if s.num_logprobs != ALL_LOGPROBS] if wants_all else handle.sampling
-        groups = [(others, False)] if others else []
-        size = self._ladder.full_head
-        groups += [(wants_all[i : i + size], True) for i in range(0, len(wants_all), size)]
-        for group, has_all in groups:
-            rows = size if has_all else self._ladder.head_for(len(group))
+        full = self._ladder.full_head
+        groups = [(self._ladder.head_for(len(others)), others)] if others else []
+        groups += [(full, wants_all[i : i + full]) for i in range(0, len(wants_all), full)]
+        for index, (size, group) in enumerate(groups):
+            program = self._heads[size]
+            buffer = program.fresh_buffer() if index else program.next_buffer()
             picked = [self._rows.picked_ids(s.row) for s in group]
-            sampled = self._run_head(rows, group, handle.hidden, allowed, has_all=has_all)
-            handle.heads.append((group, picked, sampled))
+            handle.heads.append((group, picked, self._run_head(size, buffer, group, handle.hidden, allowed)))
 
     def _run_head(
-        self, size: int, group: list[SequencePlan], hidden: Any, allowed: Mapping[str, np.ndarray], *, has_all: bool
+        self, size: int, filled: Buffer, group: list[SequencePlan], hidden: Any, allowed: Mapping[str, np.ndarray]
     ) -> Sampled:
-        program = self._heads[size, has_all]
-        buffer, views = program.fresh_buffer() if has_all else program.next_buffer()
+        buffer, views = filled
         mask = self._rows.pack_allowed(group, size, allowed)
         words, masked = (self._allow_all[size], ()) if mask is None else mask
         self._rows.pack_head(group, views, masked)
         state = self._state
-        (last_token, self._row_state), sampled = program.run(
+        (last_token, self._row_state), sampled = self._heads[size].run(
             self._params, (state.last_token_R, self._row_state), hidden, words, buffer
         )
         self._state = DeviceState(state.k_pages, state.v_pages, state.block_tables, last_token)
@@ -203,31 +192,41 @@ class Runner:
 
     def _read_hidden(self, plan: StepPlan, hidden: jax.Array, handle: StepHandle) -> None:
         """Scores prompt tokens, a bounded number a call, and sums hidden states for embeddings."""
-        places: list[int] = []
-        token_ids: list[int] = []
+        scored: list[tuple[SequencePlan, int]] = []
         rows = np.full(self.config.max_num_batched_tokens, self.config.max_num_seqs, np.int32)
         first = 0
         for s in plan.sequences:
             if s.scored_token_ids:
-                places.extend(range(first, first + len(s.scored_token_ids)))
-                token_ids.extend(s.scored_token_ids)
-                handle.scored_owners.append(s)
+                scored.append((s, first))
             if s.pooling:
                 end = first + s.num_tokens
                 rows[first if s.pooling == "mean" else end - s.samples : end] = s.row
                 handle.pooling.append(s)
             first += s.num_tokens
+        self._dispatch_scores(scored, hidden, handle)
+        if handle.pooling:
+            handle.pooled = self._pool.run(self._params, hidden, self._pool.fill({"rows_M": rows}))
+
+    def _dispatch_scores(self, scored: list[tuple[SequencePlan, int]], hidden: jax.Array, handle: StepHandle) -> None:
+        """Scores the tokens of these sequences, whose hidden states begin at these places.
+
+        Whole vocabularies go first and together, and nobody else's is kept: a call's are as large as its logits, and a step
+        may have many calls.
+        """
+        scored.sort(key=lambda item: item[0].num_prompt_logprobs != ALL_LOGPROBS)
+        handle.scored_owners = [s for s, _ in scored]
+        places = [place for s, first in scored for place in range(first, first + len(s.scored_token_ids))]
+        token_ids = [token_id for s, _ in scored for token_id in s.scored_token_ids]
+        num_whole = sum(len(s.scored_token_ids) for s, _ in scored if s.num_prompt_logprobs == ALL_LOGPROBS)
         size = self._ladder.num_scored
         for start in range(0, len(places), size):
-            count = len(places[start : start + size])
-            padding = [0] * (size - count)
+            padding = [0] * (start + size - len(places))
             parts = {
                 "places_C": [*places[start : start + size], *padding],
                 "token_ids_C": [*token_ids[start : start + size], *padding],
             }
-            handle.scored.append(self._score.run(self._params, hidden, self._score.fill(parts)))
-        if handle.pooling:
-            handle.pooled = self._pool.run(self._params, hidden, self._pool.fill({"rows_M": rows}))
+            scores = self._score.run(self._params, hidden, self._score.fill(parts))
+            handle.scored.append(scores if start < num_whole else dataclasses.replace(scores, all_SV=None))
 
     def wait(self, handle: StepHandle) -> StepResult:
         """Waits for a step and returns what it made."""

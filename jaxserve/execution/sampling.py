@@ -106,30 +106,6 @@ def _is_greedy(inputs: SamplingInputs) -> jax.Array:
     return inputs.temperature_S < GREEDY_BELOW
 
 
-def _scores(
-    logits_SV: jax.Array,
-    tokens_S: jax.Array,
-    inputs: SamplingInputs,
-    rows: Rows,
-    width: int,
-    *,
-    has_all: bool,
-    is_deterministic: bool,
-) -> Scores:
-    """Scores of the tokens where a row of the batch asks for any."""
-
-    def given(logits_SV: jax.Array) -> Scores:
-        scores = score(logits_SV, tokens_S, width, has_all=has_all, is_deterministic=is_deterministic)
-        ids_SI = rows.state.picked_ids_RI[rows.rows_S]
-        picked = partial(with_picked, scores, ids_SI=ids_SI, is_deterministic=is_deterministic)
-        return lax.cond(jnp.any(inputs.picks_S > 0), picked, lambda _: scores, logits_SV)
-
-    if has_all:
-        return given(logits_SV)
-    nobody_asks = partial(no_scores, *logits_SV.shape, width, has_all=False)
-    return lax.cond(jnp.any(inputs.logprobs_S > 0), given, lambda _: nobody_asks(), logits_SV)
-
-
 def sample(
     raw_SV: jax.Array,
     allowed_SW: jax.Array,
@@ -155,38 +131,35 @@ def sample(
     """
     best_S, top_S = largest(raw_SV)
     is_sound_S = jnp.isfinite(top_S)
+    width = min(max_logprobs, raw_SV.shape[1])
+    nothing = no_scores(raw_SV.shape[0], raw_SV.shape[1], width, has_all=has_all)
 
-    scores_of = partial(
-        _scores,
-        inputs=inputs,
-        rows=rows,
-        width=min(max_logprobs, raw_SV.shape[1]),
-        has_all=has_all,
-        is_deterministic=is_deterministic,
-    )
+    def plain(raw_SV: jax.Array) -> Sampled:
+        """A greedy batch that asks for nothing else: one pass over the logits, nothing copied."""
+        return Sampled(jnp.where(is_sound_S, best_S, -1), nothing)
 
-    def plain(raw_SV: jax.Array) -> tuple[jax.Array, jax.Array, Scores]:
-        return best_S, is_sound_S, scores_of(raw_SV, best_S)
-
-    def full(raw_SV: jax.Array) -> tuple[jax.Array, jax.Array, Scores]:
+    def full(raw_SV: jax.Array) -> Sampled:
         is_random = jnp.any(~_is_greedy(inputs))
-        logits_SV = lax.cond(
-            is_adjusted(inputs), lambda x: adjust(x, allowed_SW, inputs, rows, processors), lambda x: x, raw_SV
-        )
-        logits_SV = lax.cond(
-            is_random, lambda x: _process(x, inputs, is_deterministic=is_deterministic), lambda x: x, logits_SV
-        )
+        adjusted = partial(adjust, allowed_SW=allowed_SW, inputs=inputs, rows=rows, processors=processors)
+        logits_SV = lax.cond(is_adjusted(inputs), adjusted, lambda x: x, raw_SV)
+        process = partial(_process, inputs=inputs, is_deterministic=is_deterministic)
+        logits_SV = lax.cond(is_random, process, lambda x: x, logits_SV)
         greedy_S, top_S = largest(logits_SV)
+        draw = partial(_draw, inputs=inputs, is_deterministic=is_deterministic)
         tokens_S = lax.cond(
-            is_random,
-            lambda x: jnp.where(_is_greedy(inputs), greedy_S, _draw(x, inputs, is_deterministic=is_deterministic)),
-            lambda x: greedy_S,
-            logits_SV,
+            is_random, lambda x: jnp.where(_is_greedy(inputs), greedy_S, draw(x)), lambda x: greedy_S, logits_SV
         )
-        is_processed_S = inputs.logprobs_S == PROCESSED
-        reported_SV = jnp.where(is_processed_S[:, None], logits_SV, raw_SV)
-        return tokens_S, is_sound_S & jnp.isfinite(top_S), scores_of(reported_SV, tokens_S)
 
-    is_plain = jnp.all(_is_greedy(inputs)) & ~is_adjusted(inputs)
-    tokens_S, is_sound_S, scores = lax.cond(is_plain, plain, full, raw_SV)
-    return Sampled(jnp.where(is_sound_S, tokens_S, -1), scores)
+        def scored(logits_SV: jax.Array) -> Scores:
+            reported_SV = jnp.where((inputs.logprobs_S == PROCESSED)[:, None], logits_SV, raw_SV)
+            scores = score(reported_SV, tokens_S, width, has_all=has_all, is_deterministic=is_deterministic)
+            ids_SI = rows.state.picked_ids_RI[rows.rows_S]
+            picked = partial(with_picked, scores, ids_SI=ids_SI, is_deterministic=is_deterministic)
+            return lax.cond(jnp.any(inputs.picks_S > 0), picked, lambda x: scores, reported_SV)
+
+        scores = lax.cond(wants_scores, scored, lambda x: nothing, logits_SV)
+        return Sampled(jnp.where(is_sound_S & jnp.isfinite(top_S), tokens_S, -1), scores)
+
+    wants_scores = jnp.any(inputs.logprobs_S > 0)
+    is_plain = jnp.all(_is_greedy(inputs)) & ~is_adjusted(inputs) & ~wants_scores
+    return lax.cond(is_plain, plain, full, raw_SV)

@@ -20,7 +20,7 @@ class Scores:
         ranks_S: 1 for the most likely.
         top_ids_SQ, top_logprobs_SQ: the most likely tokens, best first.
         picked_logprobs_SI, picked_ranks_SI: of the tokens that a row asks for.
-        all_SV: of the whole vocabulary; of width 0 unless the program is the one that gives them. Rows cut over the devices.
+        all_SV: of the whole vocabulary; of width 0 unless the program gives them. Rows cut over the devices.
     """
 
     logprobs_S: Leaf

@@ -16,7 +16,7 @@ from jaxserve.models.attention import PagedCache
 from jaxserve.models.decoder_config import DecoderConfig
 from jaxserve.models.decoder_layout import decoder_parameters, serve_decoder
 from jaxserve.models.layers import ACTIVATIONS, RMSNorm, embed, padded_vocab, parameter, unembed
-from jaxserve.models.linear import linear
+from jaxserve.models.linear import added, linear, rounded
 from jaxserve.models.model import ModelContext, ServedParams
 from jaxserve.models.rope import Rope, rotate
 from jaxserve.models.sums import whole_rows
@@ -64,10 +64,11 @@ class DecoderLayer(nnx.Module):
     def __call__(self, x_TD: jax.Array, angles: Angles, cache: PagedCache, ctx: ModelContext) -> jax.Array:
         attended_TD = self.attend(self.input_norm(x_TD, ctx), angles, cache, ctx)
         if self.pre_feedforward_norm is None or self.post_feedforward_norm is None:
-            x_TD = x_TD + attended_TD
-            return x_TD + self.feed_forward(self.post_attention_norm(x_TD, ctx), ctx)
-        x_TD = x_TD + self.post_attention_norm(attended_TD, ctx)
-        return x_TD + self.post_feedforward_norm(self.feed_forward(self.pre_feedforward_norm(x_TD, ctx), ctx), ctx)
+            x_TD = added(x_TD, attended_TD, ctx.linear)
+            return added(x_TD, self.feed_forward(self.post_attention_norm(x_TD, ctx), ctx), ctx.linear)
+        x_TD = added(x_TD, self.post_attention_norm(attended_TD, ctx), ctx.linear)
+        fed_TD = self.feed_forward(self.pre_feedforward_norm(x_TD, ctx), ctx)
+        return added(x_TD, self.post_feedforward_norm(fed_TD, ctx), ctx.linear)
 
     def attend(self, x_TD: jax.Array, angles: Angles, cache: PagedCache, ctx: ModelContext) -> jax.Array:
         c, num_tokens, (n, k) = self.config, x_TD.shape[0], (self.num_heads, self.num_kv_heads)
@@ -75,7 +76,7 @@ class DecoderLayer(nnx.Module):
         q_TNH, k_TKH, v_TKH = jnp.split(qkv.reshape(num_tokens, n + 2 * k, c.head_dim), [n, n + k], axis=1)
         if self.q_norm is not None and self.k_norm is not None:
             q_TNH, k_TKH = self.q_norm(q_TNH, ctx), self.k_norm(k_TKH, ctx)
-        turn = partial(rotate, is_deterministic=ctx.linear.is_deterministic)
+        turn = partial(rotate, ctx=ctx.linear)
         cos_sin = angles[c.ropes[self.index]]
         cache.write(self.index, turn(k_TKH, *cos_sin), v_TKH)
         out_TNH = cache.attend(self.index, turn(q_TNH, *cos_sin), scale=c.query_scale, soft_cap=c.attention_soft_cap)
@@ -96,7 +97,7 @@ def _value(param: nnx.Param | None) -> jax.Array | None:
 def _sum_with_bias(x: jax.Array, weight: nnx.Param, bias: nnx.Param | None, ctx: ModelContext) -> jax.Array:
     """Returns x @ weight.T + bias, where each device has some columns of the weight; the bias is added once, to the sum."""
     sums = ctx.sum_over_devices(linear(x, weight.get_value(), ctx.linear))
-    return sums if bias is None else sums + bias.get_value()[None, :]
+    return sums if bias is None else added(sums, bias.get_value()[None, :], ctx.linear)
 
 
 class DecoderModule(nnx.Module):
@@ -178,7 +179,8 @@ class Decoder:
         c, module = self.config, self._module(params)
         x_TD = embed(module.embedding.get_value(), tokens_T, ctx)
         if c.embedding_scale != 1:
-            x_TD = x_TD * jnp.asarray(c.embedding_scale, x_TD.dtype)
+            scale = jnp.asarray(c.embedding_scale, x_TD.dtype).astype(jnp.float32)
+            x_TD = rounded(x_TD.astype(jnp.float32) * scale, x_TD.dtype, ctx.linear)
         positions_T = jnp.maximum(positions_T, 0)
         angles = {rope: rope.angles(positions_T, cache.prompt_lens_T) for rope in dict.fromkeys(c.ropes)}
         for layer in module.layers:

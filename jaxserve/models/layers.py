@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxserve.models.linear import linear_f32
+from jaxserve.models.linear import linear_f32, rounded
 from jaxserve.models.model import ModelContext
 from jaxserve.models.sums import in_vectors, row_sums
 
@@ -47,8 +47,9 @@ class RMSNorm(nnx.Module):
             y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.epsilon)
         scale = jnp.expand_dims(self.scale.get_value(), range(x.ndim - 1))
         if self.offset:
-            return (y * (self.offset + scale.astype(jnp.float32))).astype(x.dtype)
-        return y.astype(x.dtype) * scale
+            return rounded(y * (self.offset + scale.astype(jnp.float32)), x.dtype, ctx.linear)
+        y = rounded(y, x.dtype, ctx.linear).astype(jnp.float32)
+        return rounded(y * scale.astype(jnp.float32), x.dtype, ctx.linear)
 
 
 def embed(table_VD: jax.Array, tokens_T: jax.Array, ctx: ModelContext) -> jax.Array:

@@ -16,6 +16,7 @@ from jax import lax
 
 from jaxserve.errors import ConfigError
 from jaxserve.models.config_fields import MAX_COUNT, count, flag, one_of, positive, section
+from jaxserve.models.linear import LinearContext, rounded
 from jaxserve.models.sums import whole_rows
 
 
@@ -275,12 +276,12 @@ class Rope:
         return self.scaling.max_len(max_position_embeddings)
 
 
-def rotate(x_TNH: jax.Array, cos_T1H: jax.Array, sin_T1H: jax.Array, *, is_deterministic: bool = False) -> jax.Array:
+def rotate(x_TNH: jax.Array, cos_T1H: jax.Array, sin_T1H: jax.Array, ctx: LinearContext) -> jax.Array:
     """Returns x with each pair (i, i + H/2) turned by its position's angle."""
     a, b = jnp.split(x_TNH.astype(jnp.float32), 2, axis=-1)
     products = (a * cos_T1H, b * sin_T1H, b * cos_T1H, a * sin_T1H)
-    if is_deterministic:
+    if ctx.is_deterministic:
         # Either product may be fused into the sum, in one rounding, and XLA chooses anew in every program.
         products = lax.optimization_barrier(products)
     a_cos, b_sin, b_cos, a_sin = products
-    return jnp.concatenate([a_cos - b_sin, b_cos + a_sin], axis=-1).astype(x_TNH.dtype)
+    return rounded(jnp.concatenate([a_cos - b_sin, b_cos + a_sin], axis=-1), x_TNH.dtype, ctx)

@@ -81,12 +81,21 @@ def answers(llm: LLM, order: list[int], at_a_time: int = NUM_REQUESTS) -> dict[i
         prompts, params = zip(*(requests()[index] for index in part), strict=True)
         for index, output in zip(part, llm.generate(list(prompts), list(params), use_tqdm=False), strict=True):
             completion = output.outputs[0]
-            steps = tuple(
-                tuple((token, np.float32(entry.logprob).tobytes(), entry.rank) for token, entry in step.items())
-                for step in completion.logprobs
-            )
+            steps = tuple(_bits(step) for step in completion.logprobs)
             result[index] = (tuple(completion.token_ids), steps)
     return result
+
+
+def prefilled(llm: LLM, index: int, token_ids: tuple[int, ...]) -> tuple[Any, ...]:
+    """Returns what `answers` says of the steps, from one forward over the prompt and its answer."""
+    prompt = requests()[index][0]
+    params = SamplingParams(max_tokens=1, prompt_logprobs=4, temperature=0)
+    (output,) = llm.generate([[*prompt, *token_ids]], params, use_tqdm=False)
+    return tuple(_bits(step) for step in output.prompt_logprobs[len(prompt) :])
+
+
+def _bits(step: Mapping[int, Any]) -> tuple[Any, ...]:
+    return tuple((token, np.float32(entry.logprob).tobytes(), entry.rank) for token, entry in step.items())
 
 
 def engine(name: str, model: TinyModel, **options: Any) -> LLM:
@@ -114,6 +123,8 @@ def check_every_way(model: TinyModel, **options: Any) -> None:
         assert differing(answers(llm, shuffled, at_a_time=7), expected) == []
         assert llm.stats().num_cached_tokens > missed, "prefix hits"
         assert llm.stats().num_preemptions == 0
+        for index in ALL[:4]:
+            assert prefilled(llm, index, expected[index][0]) == expected[index][1], "decode and prefill say the same"
     with engine("pressed", model, **options) as llm:
         assert differing(answers(llm, shuffled), expected) == []
         stats = llm.stats()

@@ -201,6 +201,22 @@ def test_prompts_are_scored(requests, batched, leaves, tiny_params):
     assert num_scored > 100
 
 
+def test_only_those_who_ask_keep_the_whole_vocabulary(tiny_llm, requests, monkeypatch):
+    """A call's are as large as its logits: of a long prompt with a few log-probabilities none may stay on the device."""
+    runner = tiny_llm._engine.runner
+    wait, kept = runner.wait, []
+
+    def spied(handle):
+        wants_all = [ALL_LOGPROBS in {s.num_prompt_logprobs for s in handle.scored_owners}] * len(handle.scored)
+        kept.extend(zip(wants_all, [scores.all_SV is not None for scores in handle.scored], strict=True))
+        return wait(handle)
+
+    monkeypatch.setattr(runner, "wait", spied)
+    for request in requests:  # one at a time, so that a call has one owner
+        run(tiny_llm, [request])
+    assert set(kept) == {(True, True), (False, False)}
+
+
 def same(got, expected):
     assert {name: tokens_of(deltas) for name, deltas in got.items()} == {
         name: tokens_of(deltas) for name, deltas in expected.items()

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxserve.build import resolve
 from jaxserve.config import EngineConfig
 from jaxserve.errors import ConfigError
 from jaxserve.execution import step
@@ -23,6 +22,7 @@ from jaxserve.execution.state import abstract_state
 from jaxserve.model_source import ModelSource
 from jaxserve.models.attention import AttentionContext
 from jaxserve.plan import KVSpec, kv_groups
+from jaxserve.resolve import resolve
 from kernels_pallas.gpu_compile import Target
 from kernels_pallas.paged_attention.cases import pairwise
 from sharding.mesh import TensorParallelism, make_mesh
