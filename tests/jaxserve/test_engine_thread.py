@@ -173,7 +173,8 @@ def test_abort_ends_what_runs_and_what_waits_and_ignores_the_rest(thread, runner
     assert ends == {"0": "abort", "5": "abort"} | dict.fromkeys("1234", "length")
 
 
-def test_an_id_is_free_again_when_its_end_was_told(thread, config):
+def test_an_id_is_free_again_when_its_end_was_told(thread, config, runner):
+    gate = Gate(runner)
     again = toy_request("a", PROMPT[:7], max_tokens=3)
     heard = queue.SimpleQueue()
 
@@ -184,8 +185,9 @@ def test_an_id_is_free_again_when_its_end_was_told(thread, config):
                 thread.submit(again, listener)
 
     thread.submit(toy_request("a", max_tokens=60), listener)
-    heard.get(timeout=TIMEOUT_S)
+    assert gate.reached.wait(TIMEOUT_S)
     thread.abort(["a"])
+    gate.open.set()
     deltas = []
     while not deltas or deltas[-1].finish_reason != "length":
         deltas.append(heard.get(timeout=TIMEOUT_S))

@@ -125,7 +125,13 @@ def model_of(row: dict, platform: str) -> Attention:
     return Attention(num_heads, (asked, other), jnp.dtype(dtype))
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: "-".join(map(str, row.values())).replace(" ", ""))
+def named(index: int, row: dict):
+    """Returns a row as a parameter: every third in the tests of every change, the others in the slow ones."""
+    marks = pytest.mark.slow if index % 3 else ()
+    return pytest.param(row, id="-".join(map(str, row.values())).replace(" ", ""), marks=marks)
+
+
+@pytest.mark.parametrize("row", [named(index, row) for index, row in enumerate(ROWS)])
 def test_every_legal_configuration_is_served(row):
     num_pages = -(-row["max_model_len"] // row["page_size"]) + row["spare_pages"]
     config = EngineConfig(

@@ -164,7 +164,10 @@ def test_what_has_a_status_of_its_own_says_which_field_too(server, beating):
 
 
 def test_20_prompts_of_10_mb_at_once_take_little_more_memory_than_they_have(server, payloads):
-    """Twice as much, once in gRPC's buffers and once as the bytes that are looked at; parsed, it would be twelve times."""
+    """Twice as much, once in gRPC's buffers and once as the bytes that are looked at, and what malloc keeps of the round before.
+
+    Parsed, it would be twelve times.
+    """
     data, field = payloads["10 MB prompt"]
     bombs, bomb_field = payloads["a million empty stop strings"]
 
@@ -181,7 +184,7 @@ def test_20_prompts_of_10_mb_at_once_take_little_more_memory_than_they_have(serv
     before_mb = server.memory_mb()
     asyncio.run(body())
     sent_mb = 20 * (len(data) + len(bombs)) / MB
-    assert server.memory_mb("VmHWM") - before_mb < 2.5 * sent_mb
+    assert server.memory_mb("VmHWM") - before_mb < 3 * sent_mb
 
 
 def test_a_message_above_grpcs_own_limit_says_how_much_is_allowed(server):
