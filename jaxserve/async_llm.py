@@ -182,6 +182,11 @@ class AsyncLLM:
         """What the engine runs with; ConfigError before it is built."""
         return self._need().config
 
+    @property
+    def startup_s(self) -> dict[str, float]:
+        """How long building took, in all and by part; see `BuiltEngine`. ConfigError before it is built."""
+        return dict(self._need().startup_s)
+
     def stats(self) -> EngineStats:
         """Returns a snapshot of the engine; ConfigError before it is built."""
         return self._need().client.stats()

@@ -30,12 +30,12 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_fail_ptx_compilation_on_register_spilling=true"
 
 BUDGETS_S = {
-    "benchmarks": 10.0,
-    "examples": 60.0,
-    "jaxserve": 240.0,
+    "benchmarks": 25.0,
+    "examples": 20.0,
+    "jaxserve": 255.0,
     "jaxserve/scheduling": 20.0,
     "jaxserve/tokenization": 30.0,
-    "kernels_pallas": 150.0,
+    "kernels_pallas": 135.0,
     "repository": 45.0,
     "serve": 120.0,
     "sharding": 45.0,

@@ -126,8 +126,8 @@ def model_of(row: dict, platform: str) -> Attention:
 
 
 def named(index: int, row: dict):
-    """Returns a row as a parameter: every third in the tests of every change, the others in the slow ones."""
-    marks = pytest.mark.slow if index % 3 else ()
+    """Returns a row as a parameter: every fifth in the tests of every change, the others in the slow ones."""
+    marks = pytest.mark.slow if index % 5 else ()
     return pytest.param(row, id="-".join(map(str, row.values())).replace(" ", ""), marks=marks)
 
 

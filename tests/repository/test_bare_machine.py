@@ -150,6 +150,16 @@ with LLM(**own, **limits) as llm:
 """)
 
 
+def test_the_script_for_a_gpu_runs(tmp_path):
+    """Its imports are all parts'; the small numerics stand for the rest, which `tests/benchmarks` runs."""
+    printed = run_bare(f"""
+from pathlib import Path
+from benchmarks.gpu.__main__ import run
+assert run(["numerics"], is_small=True, seed=1, directory=Path({str(tmp_path)!r})) == 0
+""")
+    assert "All is right." in printed and (tmp_path / "report.md").exists()
+
+
 def test_an_orbax_checkpoint_loads_and_the_rest_says_what_it_lacks(tmp_path):
     """The model in the package was written by `jaxserve convert`; its tokenizer is a tokenizer.json."""
     (tmp_path / "config.json").write_text("{}")

@@ -385,7 +385,7 @@ cli.main()
     [
         ("orbax", 60_000),
         pytest.param("orbax", 300, marks=pytest.mark.slow),  # Orbax's own files
-        ("huggingface", 60_000),
+        pytest.param("huggingface", 60_000, marks=pytest.mark.slow),
         pytest.param("huggingface", 300, marks=pytest.mark.slow),
     ],
 )

@@ -191,7 +191,7 @@ def _beat(server, sources, parameters_of, folder, to, overwrite, num_kills, seed
     assert outcomes.count(-signal.SIGKILL) > num_kills // 2
 
 
-@pytest.mark.parametrize(("to", "overwrite"), [("orbax", True), ("huggingface", False)])
+@pytest.mark.parametrize(("to", "overwrite"), [pytest.param("orbax", True, marks=pytest.mark.slow), ("huggingface", False)])
 def test_three_kills_leave_nothing_that_loads(to, overwrite, server, sources, parameters_of, tmp_path):
     _beat(server, sources, parameters_of, tmp_path, to, overwrite, num_kills=3, seed=1)
 

@@ -1,6 +1,7 @@
 """`verify` and every load find any flipped byte, any missing file and any file too many, and name it."""
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -88,6 +89,7 @@ def test_any_damage_to_any_file_is_found_and_named_by_verify_and_every_load(reco
     _, root = recorded
     generator = np.random.default_rng(0)
     entrances = _entrances(parameters_of(root), abstract_of(root))
+    turns = itertools.cycle(entrances.items())
     names = _files(root)
     assert {"config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"} < set(names)
     for name in names:
@@ -95,7 +97,8 @@ def test_any_damage_to_any_file_is_found_and_named_by_verify_and_every_load(reco
         original = path.read_bytes()
         for data in _damage(original, generator):
             path.write_bytes(data)
-            for entrance, attempt in entrances.items():
+            # `verify` sees every damage, the loads take turns: they all begin with it.
+            for entrance, attempt in {"verify": entrances["verify"], **dict([next(turns)])}.items():
                 with pytest.raises(CheckpointError) as caught:
                     attempt(root)
                 assert name in str(caught.value), (entrance, name)
