@@ -60,7 +60,7 @@ class AsyncLLM:
         return llm
 
     def _init(self, arguments: EngineArguments) -> None:
-        self._arguments = arguments
+        self._arguments: EngineArguments | None = arguments
         self._building: asyncio.Task[BuiltEngine] | None = None
         self._built: BuiltEngine | None = None
         self._engine: AsyncEngine | None = None
@@ -200,8 +200,9 @@ class AsyncLLM:
         if self._is_closed:
             raise DrainingError("This AsyncLLM is closed and takes no new requests.")
         if self._building is None:
+            assert self._arguments is not None
             building = asyncio.to_thread(self._arguments.build, show_progress=False)
-            self._building = asyncio.ensure_future(building)
+            self._building, self._arguments = asyncio.ensure_future(building), None  # or the caller's weights would stay
         built = await asyncio.shield(self._building)  # one that waits may be cancelled: the others go on
         if self._engine is None:
             self._built, self._engine = built, AsyncEngine(built.client)

@@ -4,9 +4,9 @@
     python -m benchmarks.gpu numerics kernels --out results
     python -m benchmarks.gpu --device cpu --small        # the same script at small shapes, to see that it runs
 
-Parts: ceilings (always), numerics, kernels, engine. Each is printed and saved when it ends, so a run that is cut off keeps what
-it has. Ends with 1 where a kernel is wrong, something is compiled after ready, or a part breaks; says which. Needs jax, flax,
-numpy and what the engine's core needs (tests/bare_machine.txt); no network.
+Parts: ceilings (always), numerics, attention, kernels (all others), engine. Each is printed and saved when it ends, so a
+run that is cut off keeps what it has. Ends with 1 where a kernel is wrong, something is compiled after ready, or a part
+breaks; says which. Needs jax, flax, numpy and what the engine's core needs (tests/bare_machine.txt); no network.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-PARTS = ("numerics", "kernels", "engine")
+PARTS = ("numerics", "attention", "kernels", "engine")
 
 
 def main() -> int:
@@ -29,22 +29,24 @@ def main() -> int:
     parser.add_argument("--device", choices=("gpu", "cpu"), default="gpu")
     parser.add_argument("--small", action="store_true", help="small shapes: whether it runs, not how fast")
     parser.add_argument("--seed", type=int, default=time.time_ns() % 2**31, help="of the inputs; another one each time")
+    parser.add_argument("--trace", action="store_true", help="of a few decode steps, into the directory too")
     parser.add_argument("--out", type=Path, default=Path("gpu-report"), help="directory for report.json and report.md")
     arguments = parser.parse_args()
     unknown = set(arguments.parts) - set(PARTS)
     if unknown:
         parser.error(f"unknown parts {', '.join(sorted(unknown))}; choose from {', '.join(PARTS)}")
     os.environ["JAX_PLATFORMS"] = "cuda" if arguments.device == "gpu" else "cpu"
-    return run(arguments.parts or PARTS, arguments.small, arguments.seed, arguments.out)
+    return run(arguments.parts or PARTS, arguments.small, arguments.seed, arguments.out, has_trace=arguments.trace)
 
 
-def run(parts: tuple[str, ...] | list[str], is_small: bool, seed: int, directory: Path) -> int:
+def run(parts: tuple[str, ...] | list[str], is_small: bool, seed: int, directory: Path, has_trace: bool = False) -> int:
     """Returns the exit code: 0, or 1 where anything failed."""
     import jax
 
-    from benchmarks.gpu import ceilings, engine, kernels, numerics
+    from benchmarks.gpu import attention, ceilings, engine, kernels, numerics
     from benchmarks.gpu.report import Part, Report, Row
     from benchmarks.gpu.sizes import FULL, SMALL
+    from kernels_pallas.paged_attention.cases import CASES
 
     sizes = SMALL if is_small else FULL
     device = jax.devices()[0]
@@ -60,10 +62,13 @@ def run(parts: tuple[str, ...] | list[str], is_small: bool, seed: int, directory
     )
 
     limits = ceilings.measure(report.add, **sizes.ceilings)
+    (case,) = (case for case in CASES if case.name == sizes.case_name)
+    num_calls = sizes.attention.num_calls
     steps: dict[str, Callable[[], None]] = {
         "numerics": lambda: numerics.measure(report.add, seed=seed, num_rows=sizes.num_numerics_rows),
-        "kernels": lambda: kernels.measure(limits, sizes.kernels, report.add, case_name=sizes.case_name),
-        "engine": lambda: engine.measure(limits, sizes.engine, report.add),
+        "attention": lambda: attention.measure(limits, sizes.attention, case, report.add),
+        "kernels": lambda: kernels.measure(limits, sizes.counts, sizes.vocab_size, case, report.add, num_calls=num_calls),
+        "engine": lambda: engine.measure(limits, sizes.engine, report.add, directory / "trace" if has_trace else None),
     }
     for name in parts:
         try:

@@ -1,28 +1,12 @@
 """What the machine can do at best, by programs of XLA's own: every other figure is a share of one of these."""
 
-import dataclasses
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from benchmarks.gpu.report import Part, Row
+from benchmarks.gpu.report import Ceilings, Part, Row
 from benchmarks.gpu.timing import seconds_a_call
-
-
-@dataclasses.dataclass(frozen=True)
-class Ceilings:
-    """Rates.
-
-    Attributes:
-        copy_bytes_s: read and written bytes a second, of an array that is copied.
-        stream_bytes_s: read bytes a second, of an array that is summed.
-        matmul_flop_s: floating-point operations a second, of square matrices in bfloat16.
-    """
-
-    copy_bytes_s: float
-    stream_bytes_s: float
-    matmul_flop_s: float
 
 
 def measure(report: Callable[[Part], None], *, num_bytes: int, matrix_size: int, num_calls: int) -> Ceilings:

@@ -6,14 +6,14 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.gpu.ceilings import Ceilings
-from benchmarks.gpu.report import Part, Row
+from benchmarks.gpu.report import Ceilings, Part, Row
 from jaxserve import AsyncLLM, RequestOutputKind, SamplingParams
 from jaxserve.models.registry import make_model
 from jaxserve.models.weights import unflatten
@@ -144,12 +144,19 @@ class Client:
         return list(await asyncio.gather(*tasks))
 
 
-def measure(ceilings: Ceilings, sizes: Sizes, report: Callable[[Part], None]) -> None:
-    """Reports the start, the decode steps, whole workloads and latencies of one engine, each as it ends."""
-    asyncio.run(_measure(ceilings, sizes, report))
+def measure(ceilings: Ceilings, sizes: Sizes, report: Callable[[Part], None], trace: Path | None = None) -> None:
+    """Reports the start, the decode steps, whole workloads and latencies of one engine, each as it ends.
+
+    Args:
+        ceilings: of this device.
+        sizes: what is run.
+        report: gets each part.
+        trace: a directory for jax's profile of a few steps of the largest batch; None for none.
+    """
+    asyncio.run(_measure(ceilings, sizes, report, trace))
 
 
-async def _measure(ceilings: Ceilings, sizes: Sizes, report: Callable[[Part], None]) -> None:
+async def _measure(ceilings: Ceilings, sizes: Sizes, report: Callable[[Part], None], trace: Path | None) -> None:
     params = random_parameters(sizes.config, sizes.dtype)
     llm = AsyncLLM(params=params, config=sizes.config, dtype=sizes.dtype, enable_prefix_caching=False, **sizes.options)
     del params
@@ -160,6 +167,9 @@ async def _measure(ceilings: Ceilings, sizes: Sizes, report: Callable[[Part], No
         roofline = Roofline(sizes.config, sizes.dtype, ceilings)
         await client.together(2, sizes.prompt, 4)
         report(Part("Decode steps", [await _decode(client, roofline, sizes, count) for count in sizes.batches]))
+        if trace is not None:
+            with jax.profiler.trace(str(trace)):
+                await client.together(sizes.batches[-1], sizes.prompt, 8)
         throughput, row = await _throughput(client, roofline, sizes)
         report(Part("Throughput", [await _single(client, sizes), row]))
         latencies = [await _under_load(client, sizes, 0.7 * throughput), await _beside_a_long_prompt(client, sizes)]

@@ -9,6 +9,21 @@ from typing import Any
 
 
 @dataclasses.dataclass(frozen=True)
+class Ceilings:
+    """Rates.
+
+    Attributes:
+        copy_bytes_s: read and written bytes a second, of an array that is copied.
+        stream_bytes_s: read bytes a second, of an array that is summed.
+        matmul_flop_s: floating-point operations a second, of square matrices in bfloat16.
+    """
+
+    copy_bytes_s: float
+    stream_bytes_s: float
+    matmul_flop_s: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Row:
     """One measurement or one check.
 
@@ -60,6 +75,18 @@ class Report:
     def failures(self) -> list[str]:
         """Returns "part, row: reason" of everything that is wrong."""
         return [f"{part.title}, {row.name}: {row.failure}" for part in self.parts for row in part.rows if row.failure]
+
+
+def share_of_ceiling(
+    seconds: float, ceilings: Ceilings, *, num_bytes: float = 0.0, flop: float = 0.0
+) -> dict[str, float | int | str]:
+    """Returns the figures of something that took `seconds`: its rates, and its share of the larger of its two bounds."""
+    bounds = {"stream": num_bytes / ceilings.stream_bytes_s, "matmul": flop / ceilings.matmul_flop_s}
+    bound = max(bounds, key=lambda name: bounds[name])
+    figures: dict[str, float | int | str] = {"us": seconds * 1e6, "GB/s": num_bytes / seconds / 1e9}
+    if flop:
+        figures["TFLOP/s"] = flop / seconds / 1e12
+    return figures | {"ceiling": bound, "share of ceiling": bounds[bound] / seconds}
 
 
 def table(part: Part) -> str:

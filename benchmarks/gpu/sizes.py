@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from benchmarks.gpu import engine, kernels
+from benchmarks.gpu import attention, engine
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,12 +14,16 @@ class Sizes:
         ceilings: arguments of `ceilings.measure`.
         num_numerics_rows: cases of attention that are checked, None for all.
         case_name: the model whose attention is timed, of `kernels_pallas.paged_attention.cases`.
+        counts: tokens that are written, and rows that are sampled, at once.
+        vocab_size: of these rows.
     """
 
     ceilings: dict[str, int]
     num_numerics_rows: int | None
     case_name: str
-    kernels: kernels.Sizes
+    attention: attention.Sizes
+    counts: tuple[int, ...]
+    vocab_size: int
     engine: engine.Sizes
 
 
@@ -38,12 +42,14 @@ FULL = Sizes(
     ceilings={"num_bytes": 2 << 30, "matrix_size": 8192, "num_calls": 20},
     num_numerics_rows=None,
     case_name="llama3-8b",
-    kernels=kernels.Sizes(
+    attention=attention.Sizes(
         decodes=tuple((count, context) for count in (1, 8, 32, 64, 128, 256) for context in _CONTEXTS),
         prefills=(1024, 8192, 32768),
-        tokens=(1, 64, 256, 8192),
-        vocab_size=128256,
+        beside=((1, 8192), (32, 2048), (128, 2048), 8192),
+        tuned=((64, 2048), 8192),
     ),
+    counts=(1, 64, 256),
+    vocab_size=128256,
     engine=engine.Sizes(
         config=engine.LLAMA_8B,
         dtype="bfloat16",
@@ -60,15 +66,17 @@ SMALL = Sizes(
     ceilings={"num_bytes": 1 << 22, "matrix_size": 128, "num_calls": 2},
     num_numerics_rows=3,
     case_name="gpt2-125m",
-    kernels=kernels.Sizes(
+    attention=attention.Sizes(
         decodes=((1, 64), (4, 200)),
         prefills=(96,),
-        tokens=(1, 8),
-        vocab_size=1000,
+        beside=((1, 64), 96),
+        tuned=((1, 64), 96),
         l2_bytes=1 << 18,
         pool_bytes=1 << 24,
         num_calls=2,
     ),
+    counts=(1, 8),
+    vocab_size=1000,
     engine=engine.Sizes(
         config=_SMALL_MODEL,
         dtype="float32",

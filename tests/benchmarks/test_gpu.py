@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks.gpu.__main__ import PARTS, run
-from benchmarks.gpu.kernels import attention_of, writes
+from benchmarks.gpu.attention import attention_of
+from benchmarks.gpu.kernels import writes
+from benchmarks.gpu.numerics import device_tiling
 from benchmarks.gpu.timing import loop
 from kernels_pallas.gpu_compile import Target, report
 from kernels_pallas.kv_write import api as kv_write
@@ -25,7 +27,7 @@ def test_everything_runs_and_is_right(tmp_path):
     assert run(PARTS, is_small=True, seed=1, directory=tmp_path) == 0
     found = parts_of(tmp_path)
     assert "only whether it runs" in json.loads((tmp_path / "report.json").read_text())["shapes"]
-    assert len(found) == 10 and all(found.values())
+    assert len(found) == 12 and all(found.values())
     assert "0 compilations after ready" in found["Latencies"]
     assert all(f"## {title}" in (tmp_path / "report.md").read_text() for title in found)
 
@@ -65,7 +67,7 @@ def test_a_timed_loop_times_the_kernel_alone():
     tables = jax.ShapeDtypeStruct((2, 64, 32), jnp.int32)
     target = Target("h200")
     with target.as_default():
-        attention = loop(attention_of(llama), 20)
+        attention = loop(attention_of(llama, device_tiling(llama)), 20)
         compiled = target.compile(attention, (tables, (q, pages, pages, batch)))
     found, text = report(compiled), compiled.as_text()
     assert found.num_copies_of(pages) == 0

@@ -4,7 +4,9 @@ import asyncio
 import collections
 import contextlib
 import dataclasses
+import gc
 import threading
+import weakref
 
 import pytest
 
@@ -20,6 +22,8 @@ from jaxserve import (
 from jaxserve.async_llm import EngineArguments
 from jaxserve.build import build
 from jaxserve.models import toy
+from jaxserve.models.weights import flatten
+from jaxserve.testing.tiny_checkpoint import TinyLlama, caller_params
 
 CUMULATIVE, DELTA, FINAL_ONLY = RequestOutputKind
 TIMEOUT_S = 60
@@ -204,6 +208,22 @@ def test_what_else_it_knows(run, built):
             assert caught.value.parameter == field
 
     run(body)
+
+
+def test_weights_that_the_caller_lets_go_are_freed():
+    """The engine has them in its own layout: on a GPU the others would take as much again."""
+    own = caller_params(TinyLlama(num_layers=1, vocab_size=64))
+    leaf = weakref.ref(next(iter(flatten(own["params"]).values())))
+
+    async def main():
+        llm = AsyncLLM(**own, max_num_seqs=1, max_num_batched_tokens=16, num_pages=8, max_model_len=64, page_size=8)
+        own.clear()
+        async with llm:
+            gc.collect()
+            assert leaf() is None
+            assert llm.startup_s["total"] > 0
+
+    asyncio.run(main())
 
 
 def test_it_is_built_off_the_loop_once_and_closed(monkeypatch):
