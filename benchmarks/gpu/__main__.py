@@ -35,6 +35,8 @@ def main() -> int:
     unknown = set(arguments.parts) - set(PARTS)
     if unknown:
         parser.error(f"unknown parts {', '.join(sorted(unknown))}; choose from {', '.join(PARTS)}")
+    # JAX takes three quarters of a GPU's memory unless told otherwise; weights, their first layout and the pools need more.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
     os.environ["JAX_PLATFORMS"] = "cuda" if arguments.device == "gpu" else "cpu"
     return run(arguments.parts or PARTS, arguments.small, arguments.seed, arguments.out, has_trace=arguments.trace)
 

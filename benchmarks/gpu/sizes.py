@@ -59,7 +59,14 @@ FULL = Sizes(
         prompt=128,
         workload=(256, 1024, 1024),
         long_prompt=32768,
-        options={"max_num_seqs": 256, "max_model_len": 33024, "max_num_batched_tokens": 8192},
+        # Few buckets, all of them used: each is a program of 32 layers that has to be compiled.
+        options={
+            "max_num_seqs": 256,
+            "max_model_len": 33024,
+            "max_num_batched_tokens": 8192,
+            "sequence_buckets": (1, 8, 32, 64, 128, 256),
+            "token_buckets": (1024, 8192),
+        },
     ),
 )
 SMALL = Sizes(
