@@ -1,7 +1,7 @@
-"""All that a machine with a GPU can tell about this engine, in one command of less than nine minutes.
+"""All that a machine with a GPU can tell about this engine, in one command, meant to end within nine minutes.
 
     python -m benchmarks.gpu
-    python -m benchmarks.gpu numerics kernels --out results
+    python -m benchmarks.gpu numerics attention --out results
     python -m benchmarks.gpu --device cpu --small        # the same script at small shapes, to see that it runs
 
 Parts: ceilings (always), numerics, attention, kernels (all others), engine. Each is printed and saved when it ends, so a
@@ -14,7 +14,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 PARTS = ("numerics", "attention", "kernels", "engine")
@@ -41,7 +41,7 @@ def main() -> int:
     return run(arguments.parts or PARTS, arguments.small, arguments.seed, arguments.out, has_trace=arguments.trace)
 
 
-def run(parts: tuple[str, ...] | list[str], is_small: bool, seed: int, directory: Path, has_trace: bool = False) -> int:
+def run(parts: Sequence[str], is_small: bool, seed: int, directory: Path, has_trace: bool = False) -> int:
     """Returns the exit code: 0, or 1 where anything failed."""
     import jax
 

@@ -28,7 +28,8 @@ class Sizes:
     Attributes:
         decodes: (sequences, tokens of context each) of a decode step.
         prefills: tokens of one prompt, computed at once.
-        beside: of these, decodes and prompts that the peers do too.
+        beside: of these, decodes and prompts that the peers do too. cuDNN's keys do not rotate, so a decode here should read
+            more than l2_bytes.
         tuned: the decode and the prompt for which tiles are tried; None tries none.
         l2_bytes: what the device's cache may hold; calls rotate over twice as much, where the pool has it.
         pool_bytes: most of the memory that a pool of keys, or of values, takes.

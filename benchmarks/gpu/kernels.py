@@ -17,7 +17,10 @@ from kernels_pallas.kv_write.api import kv_write
 from kernels_pallas.paged_attention.cases import Case
 
 POOL_BYTES = 128 << 20
-"""At least so much is written into [bytes]: more than a cache holds."""
+"""Of keys, and of values: what is written into at random [bytes]; more than a cache holds."""
+
+SLOTS_APART = 1009
+"""From a call to the next: a prime, so that no call meets the lines of the one before."""
 
 
 def measure(
@@ -36,13 +39,15 @@ def measure(
 
 
 def writes(num_calls: int) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """Returns the function of (pools, keys, values, slots) that writes them so many times."""
+    """Returns the function of (pools, keys, values, slots) that writes them so many times, each time into other slots."""
 
     def write(pools: tuple[jax.Array, jax.Array], k_TKH: jax.Array, v_TKH: jax.Array, slots_T: jax.Array) -> Any:
+        num_slots = pools[0].shape[0] * pools[0].shape[2]
+
         # The keys wait for the pools: what is written every time alike would else be computed once.
-        def call(_: jax.Array, pools: tuple[jax.Array, jax.Array]) -> Any:
+        def call(index: jax.Array, pools: tuple[jax.Array, jax.Array]) -> Any:
             pools, k, v, slots = jax.lax.optimization_barrier((pools, k_TKH, v_TKH, slots_T))
-            return kv_write(*pools, k, v, slots)
+            return kv_write(*pools, k, v, (slots + index * SLOTS_APART) % num_slots)
 
         return jax.lax.fori_loop(0, num_calls, call, pools)
 
@@ -63,7 +68,9 @@ def _write(ceilings: Ceilings, num_tokens: int, case: Case, num_calls: int) -> R
 
 
 def _sampling(ceilings: Ceilings, num_rows: int, vocab_size: int, num_calls: int) -> list[Row]:
-    """Greedy reads the logits once; the truncations read them about seventy times, most of them from the cache."""
+    """Greedy reads the logits once; the truncations read them about seventy times. Few rows stay in the cache, as they do in a
+    step, where the head has just written them: a share above 1 says so.
+    """
     logits_SV = 4 * jax.random.normal(jax.random.key(0), (num_rows, vocab_size), jnp.float32)
     ones, zeros = np.ones(num_rows, np.float32), np.zeros(num_rows, np.int32)
     inputs = SamplingInputs(

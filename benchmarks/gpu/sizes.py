@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from benchmarks.gpu import attention, engine
+from jaxserve.testing.released import LLAMA_8B
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Sizes:
 
 
 _CONTEXTS = (512, 2048, 8192, 32768)
-_SMALL_MODEL: dict[str, Any] = engine.LLAMA_8B | {
+_SMALL_MODEL: dict[str, Any] = LLAMA_8B | {
     "hidden_size": 64,
     "intermediate_size": 128,
     "num_hidden_layers": 2,
@@ -45,13 +46,13 @@ FULL = Sizes(
     attention=attention.Sizes(
         decodes=tuple((count, context) for count in (1, 8, 32, 64, 128, 256) for context in _CONTEXTS),
         prefills=(1024, 8192, 32768),
-        beside=((1, 8192), (32, 2048), (128, 2048), 8192),
+        beside=((1, 32768), (32, 2048), (128, 2048), 8192),
         tuned=((64, 2048), 8192),
     ),
     counts=(1, 64, 256),
     vocab_size=128256,
     engine=engine.Sizes(
-        config=engine.LLAMA_8B,
+        config=LLAMA_8B,
         dtype="bfloat16",
         batches=(1, 8, 32, 64, 128, 256),
         short_output=32,

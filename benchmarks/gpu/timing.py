@@ -42,7 +42,7 @@ def loop(function: Callable[..., jax.Array], num_calls: int) -> Callable[[Any, A
 
         def call(index: jax.Array, last: jax.Array) -> jax.Array:
             entry = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, index % num_rotated, keepdims=False), rotated)
-            # All that a call reads waits for the last result, or XLA would move what never changes out of the loop.
+            # All that a call reads waits for the last result: XLA may not move what never changes out of the loop.
             entry, operands, _ = lax.optimization_barrier((entry, shared, last))
             return function(entry, operands)
 

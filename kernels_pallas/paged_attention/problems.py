@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels_pallas.paged_attention.cases import FACTORS, Case, case_of, pairwise
-from kernels_pallas.paged_attention.tiling import Tiling
+from kernels_pallas.paged_attention.tiling import Tiling, default_tiling
 from kernels_pallas.paged_attention.work import RaggedBatch, plan_ragged_batch
 
 Sequences = tuple[tuple[int, int], ...]
@@ -174,6 +174,24 @@ def problem_of(
     case = case_of(row, num_kv_heads=2)
     padding = 9 if row["mix"] == "empty rows" else 2
     return make_problem(case, row["layout"], mixes[row["mix"]], tiling_of(case), padding=padding, seed=seed)
+
+
+def shipped_tiling(case: Case, platform: str, device_kind: str) -> Tiling:
+    """Returns the tiles of `tuned.json` for a case."""
+    return default_tiling(
+        platform,
+        num_q_heads=case.num_q_heads,
+        num_kv_heads=case.num_kv_heads,
+        head_dim=case.head_dim,
+        page_size=case.page_size,
+        dtype_bytes=jnp.dtype(case.dtype).itemsize,
+        device_kind=device_kind,
+    )
+
+
+def with_short_splits(tiling: Tiling, case: Case) -> Tiling:
+    """Returns the tiles with several splits in the contexts of `MIXES`."""
+    return dataclasses.replace(tiling, split_size=max(128, case.page_size))
 
 
 def name_of(row: dict[str, Any]) -> str:

@@ -21,7 +21,7 @@ def scores(num_logprobs):
     return TokenScores(-1.5, 700, ids, tuple(-0.5 - i for i in ids))
 
 
-@pytest.mark.parametrize("num_logprobs", [0, 20, -1])
+@pytest.mark.parametrize("num_logprobs", [0, 20, -1, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 5, 128))])
 def test_results_stay_below_the_peak(num_logprobs):
     """Deltas as the engine makes them, each with texts of its own; what the device's arrays take is in there too."""
     gc.collect()

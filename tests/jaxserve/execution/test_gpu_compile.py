@@ -18,22 +18,12 @@ from jaxserve.models.attention import AttentionContext
 from jaxserve.models.linear import LinearContext
 from jaxserve.models.model import ModelContext
 from jaxserve.models.registry import make_model
+from jaxserve.testing.released import LLAMA_8B
 from kernels_pallas.gpu_compile import Target, report
 from kernels_pallas.paged_attention.tiling import default_tiling
 from sharding.mesh import make_mesh
 
-CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-    "rms_norm_eps": 1e-5,
-    "max_position_embeddings": 131072,
-    "rope_theta": 500000.0,
-}
+CONFIG = LLAMA_8B | {"num_hidden_layers": 2}
 MAX_DECODE_TEMPORARIES = 64 << 20
 """[bytes]"""
 

@@ -1,6 +1,5 @@
 """Every implementation against float64 numpy, over every pair of what can vary, with NaN wherever nothing may be read."""
 
-import dataclasses
 import functools
 import itertools
 
@@ -9,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas.paged_attention.api import Tiling, default_tiling, paged_attention
+from kernels_pallas.paged_attention.api import Tiling, paged_attention
 from kernels_pallas.paged_attention.cases import CASES, Case
 from kernels_pallas.paged_attention.problems import (
     EVERYTHING,
@@ -23,6 +22,8 @@ from kernels_pallas.paged_attention.problems import (
     make_problem,
     name_of,
     problem_of,
+    shipped_tiling,
+    with_short_splits,
 )
 from kernels_pallas.paged_attention.reference import paged_attention_reference
 
@@ -66,16 +67,7 @@ def small_tiling(case: Case, backend: str) -> Tiling:
 
 
 def gpu_tiling(case: Case) -> Tiling:
-    tiling = default_tiling(
-        "gpu",
-        num_q_heads=case.num_q_heads,
-        num_kv_heads=case.num_kv_heads,
-        head_dim=case.head_dim,
-        page_size=case.page_size,
-        dtype_bytes=jnp.dtype(case.dtype).itemsize,
-        device_kind=jax.devices()[0].device_kind,
-    )
-    return dataclasses.replace(tiling, split_size=max(128, case.page_size))  # several splits in short contexts
+    return with_short_splits(shipped_tiling(case, "gpu", jax.devices()[0].device_kind), case)
 
 
 def test_every_pair_is_covered():
